@@ -1,0 +1,1 @@
+"""lmjax: pretraining language models in JAX.  Importing it imports nothing else."""
