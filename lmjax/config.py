@@ -1,0 +1,308 @@
+"""An experiment is a ConfigDict: every knob once, typed; overrides; sweeps as lists of overrides.
+
+`base()` holds the knobs of the run itself.  The knobs of an objective, a model, a tokenizer and the
+optimizer are the keyword arguments of the thing itself: `base()` reads their names, types and
+defaults from its source text without importing it, so that loading an experiment or expanding a
+sweep imports no JAX and touches no device.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import itertools
+import math
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
+AT_LEAST_ONE = (
+  *('steps', 'batch', 'micro_batches', 'length'),
+  *('checkpoint.every', 'checkpoint.keep_last', 'evaluate.every', 'log.every'),
+)
+
+
+class UserError(ValueError):
+  """The user's mistake, said in one sentence; the command line turns it into exit code 2."""
+
+  exit_code = 2
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+  """' (did you mean "rate"?)' for the nearest of `options`; all of them when none is near."""
+  options = sorted(map(str, options))
+  near = difflib.get_close_matches(str(name), options, n=1)
+  return f' (did you mean "{near[0]}"?)' if near else f' (known: {", ".join(options) or "none"})'
+
+
+def base(
+  objective: str = 'clm', model: str = 'transformer', tokenizer: str = 'sentencepiece'
+) -> ConfigDict:
+  """The whole configuration with its defaults, for the named objective, model and tokenizer."""
+  c = ConfigDict()
+  c.seed = 0  # parameters, data order, masks and dropout all follow from it
+  c.steps = 1000  # optimizer updates in the run
+  c.batch = 32  # examples in a global batch
+  c.micro_batches = 1  # parts in which a batch is computed, one after the other
+  c.length = 256  # tokens in an example
+  c.init_from = ''  # a workdir whose parameters start this run, instead of random ones
+  c.cache = '~/.cache/lmjax'  # where corpora, tokenizers, token stores and compiled programs lie
+
+  c.data = ConfigDict()
+  c.data.train = 'python'  # a source: python, tfds:NAME#SPLIT or files; see lmjax/data/sources.py
+  c.data.eval = {'validation': 'python#validation'}  # name -> source
+  c.data.document = 'file'  # what a document is in plain text: file, line or paragraph
+  c.data.text_key = 'text'  # the field that holds the text in JSONL, Parquet and TFDS records
+
+  c.tokenizer = _section('tokenizer', tokenizer)
+  c.objective = _section('objective', objective)
+  c.model = _section('model', model)
+  c.model.size = ''  # a name in models/transformer.py SIZES; explicit depth, dim and heads win
+  c.optimizer = _section('optimizer', 'adamw')
+
+  c.sharding = ConfigDict()
+  c.sharding.strategy = 'replicate'  # a row of sharding.RULES
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 500  # steps between checkpoints; the last step is always saved
+  c.checkpoint.keep_last = 2  # the newest so many are kept
+  c.checkpoint.keep_every = 0  # and every one whose step is a multiple of this; 0: none
+  c.checkpoint.keep_best = ''  # and the best by this metric, such as eval/validation/loss
+
+  c.evaluate = ConfigDict()
+  c.evaluate.every = 500  # steps between evaluations; the last step is always evaluated
+  c.evaluate.batches = 0  # batches of each set; 0: all of it
+
+  c.log = ConfigDict()
+  c.log.every = 10  # steps between lines of metrics.jsonl, which average over these steps
+  c.log.tensorboard = True
+  c.log.sample = ''  # a causal model continues this prompt at the end of the run
+  return c.lock()
+
+
+def choose(name: str, options: Mapping[str, Any]) -> Any:
+  """options[name]: what an experiment's argument stands for."""
+  if name not in options:
+    raise UserError(f'this experiment has no variant "{name}"{did_you_mean(name, options)}')
+  return options[name]
+
+
+def _section(kind: str, name: str) -> ConfigDict:
+  known = schemas(kind)
+  if kind != 'optimizer' and name not in known:
+    raise UserError(f'there is no {kind} "{name}"{did_you_mean(name, known)}')
+  section = ConfigDict({'name': name})
+  for key, (type_, default) in known[name].items():
+    section[key] = config_dict.placeholder(type_) if default is None else default
+  return section
+
+
+# -------------------------------------------------- the knobs of a room, read from its source text
+
+Knobs = Mapping[str, tuple[type, Any]]  # key -> (type, default); a default of None: not set
+
+
+@functools.cache
+def schemas(kind: str) -> Mapping[str, Knobs]:
+  """name -> knobs of everything that can be chosen as `kind`: found by file or function name."""
+  root = pathlib.Path(__file__).parent
+  if kind == 'tokenizer':
+    functions = [n for n in _body(root / 'data/tokenizer.py') if isinstance(n, ast.FunctionDef)]
+    kinds = [f for f in functions if f.args.args[:1] and f.args.args[0].arg == 'texts']
+    return {f.name.strip('_'): _arguments(f) for f in kinds if not f.name.startswith('_')}
+  if kind == 'optimizer':
+    return {'adamw': _attributes(root / 'optimizer.py', 'Optimizer')}
+  files = sorted((root / f'{kind}s').glob('[a-z]*.py'))
+  if kind == 'objective':
+    return {p.stem: _attributes(p, 'Objective') for p in files}
+  cores = [p for p in files if 'SIZES' in p.read_text(encoding='utf-8')]
+  return {p.stem: _attributes(p, p.stem.title()) for p in cores}
+
+
+def _body(path: pathlib.Path) -> list[ast.stmt]:
+  return ast.parse(path.read_text(encoding='utf-8')).body
+
+
+def _arguments(function: ast.FunctionDef) -> Knobs:
+  pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+  return {arg.arg: _knob(arg.annotation, default) for arg, default in pairs}
+
+
+def _attributes(path: pathlib.Path, class_name: str) -> Knobs:
+  classes = [n for n in _body(path) if isinstance(n, ast.ClassDef) and n.name == class_name]
+  nodes = [n for c in classes for n in c.body if isinstance(n, ast.AnnAssign)]
+  fields = [n for n in nodes if not ast.unparse(n.annotation).startswith('ClassVar')]
+  return {n.target.id: _knob(n.annotation, n.value) for n in fields if n.target.id != 'name'}
+
+
+def _knob(annotation: ast.expr, default: ast.expr | None) -> tuple[type, Any]:
+  types = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': ConfigDict}
+  type_ = types[ast.unparse(annotation).removesuffix(' | None').split('[')[0]]
+  if type_ is ConfigDict:
+    return type_, ConfigDict()
+  return type_, default and ast.literal_eval(default)
+
+
+# ------------------------------------------------------------------- from the outside to a config
+
+
+def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """Loads 'experiments/x.py' or 'experiments/x.py:argument' and applies dotted overrides to it.
+
+  It goes through the flags of the command line, so that an element of a sweep is a command line.
+  """
+  argv = ['lmjax', f'--config={spec}', *arguments(overrides or {})]
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  parse_flags(argv, values)
+  return holder.value
+
+
+def arguments(overrides: Mapping[str, Any]) -> list[str]:
+  """{'objective.rate': 0.3} -> ['--config.objective.rate=0.3']."""
+  return [f'--config.{key}={value}' for key, value in overrides.items()]
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """Parses `argv` into absl flags; raises UserError for whatever is wrong with it."""
+  for at, argument in enumerate(argv):
+    if argument.lstrip('-').split('=')[0] == 'config' and argument != 'config':
+      spec = argument.partition('=')[2] or ''.join(argv[at + 1 : at + 2])
+      _check_overrides(_experiment(spec), argv)
+  try:
+    rest = values(argv)
+  except flags.Error as e:
+    raise UserError(str(e)) from e
+  if len(rest) > 1:
+    raise UserError(f'"{rest[1]}" is not a flag; flags begin with "--"')
+
+
+def _experiment(spec: str) -> ConfigDict:
+  """Runs the file's get_config(), so that its mistakes are named by file and line."""
+  file, _, argument = spec.partition(':')
+  if not pathlib.Path(file).is_file():
+    raise UserError(f'there is no config file "{file}"')
+  try:
+    # The file is code that the user names on the command line; nothing read from disk is run.
+    module_spec = importlib.util.spec_from_file_location('experiment', file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(*([argument] if argument else []))
+  except UserError:
+    raise
+  except Exception as e:
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+    line = lines[-1] if lines else getattr(e, 'lineno', 1)
+    what = str(e).strip('\'"').splitlines()[0] if str(e) else ''
+    raise UserError(f'{file}, line {line}: {type(e).__name__}: {what}') from e
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'get_config() of {file} returns {type(config).__name__}, not a ConfigDict')
+  return config
+
+
+def _check_overrides(config: ConfigDict, argv: list[str]) -> None:
+  for argument in argv:
+    flag = argument.lstrip('-').split('=')[0]
+    tree, path = config, flag.split('.')[1:]
+    if not (argument.startswith('-') and flag.startswith('config.')):
+      continue
+    for depth, key in enumerate(path):
+      if not isinstance(tree, ConfigDict) or key not in tree:
+        known = tree if isinstance(tree, ConfigDict) else ()
+        wrong = '.'.join(path[: depth + 1])
+        raise UserError(f'there is no "{wrong}" in the config{did_you_mean(key, known)}')
+      tree = tree[key]
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The complete configuration as plain JSON values, every key known and of its type.
+
+  Raises:
+    UserError: an unknown section, key or name, a value of the wrong type or out of range.
+  """
+  given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+  chosen = ('objective', 'model', 'tokenizer')
+  names = {k: given[k]['name'] for k in chosen if 'name' in (given.get(k) or {})}
+  complete = base(**names)
+  _merge(complete, given, '')
+  for path in AT_LEAST_ONE:
+    value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)
+    if value < 1:
+      raise UserError(f'{path} = {value} must be at least 1')
+  if complete.batch % complete.micro_batches:
+    raise UserError(
+      f'batch = {complete.batch} does not divide into micro_batches = {complete.micro_batches}'
+    )
+  return complete.to_dict()
+
+
+def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
+  for key, value in given.items():
+    path = prefix + key
+    if key not in into:
+      raise UserError(f'there is no "{path}" in the config{did_you_mean(key, into)}')
+    section = isinstance(into[key], ConfigDict)
+    if section != isinstance(value, Mapping):
+      raise UserError(f'{path} = {value!r} is not {"a section" if section else "a single value"}')
+    if section and path not in OPEN:
+      _merge(into[key], value, path + '.')
+      continue
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'{path} = {value} is not a finite number')
+    if isinstance(value, bool) and into.get_type(key) is not bool:
+      raise UserError(f'{path} = {value} is not {into.get_type(key).__name__}')
+    try:
+      into[key] = ConfigDict(value) if section else value
+    except TypeError:
+      raise UserError(f'{path} = {value!r} is not {into.get_type(key).__name__}') from None
+
+
+# ----------------------------------------------------------- sweeps: lists of flat override dicts
+
+Overrides = dict[str, Any]
+
+
+def product(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
+  """Every combination; a part is {'a.b': values} or itself a sweep."""
+  combinations = itertools.product(*map(_expand, parts))
+  return [{k: v for overrides in c for k, v in overrides.items()} for c in combinations]
+
+
+def zipped(axes: Mapping[str, Iterable[Any]]) -> list[Overrides]:
+  """{'a': [1, 2], 'b': [3, 4]} -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]."""
+  return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+
+
+def chain(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
+  """One sweep after the other."""
+  return [overrides for part in parts for overrides in _expand(part)]
+
+
+def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
+  if isinstance(part, list):
+    return part
+  axes = [[{key: value} for value in values] for key, values in part.items()]
+  return [{k: v for axis in c for k, v in axis.items()} for c in itertools.product(*axes)]
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def run_command(main: Callable[[], None]) -> None:
+  """Parses the flags and runs `main`; an exception that knows its exit code becomes a sentence."""
+  if {'-h', '--help', '--helpshort'} & set(sys.argv[1:]):
+    app.usage(shorthelp=True, exitcode=0)
+  try:
+    parse_flags(sys.argv)
+    main()
+  except Exception as e:
+    if not hasattr(e, 'exit_code'):
+      raise  # a bug of ours: traceback, exit code 1
+    print(f'lmjax: {e}', file=sys.stderr, flush=True)
+    sys.exit(e.exit_code)
