@@ -1,0 +1,170 @@
+"""From documents to rows: windows, full sentences, sentence pairs.  Pure functions of the store.
+
+b rows of a batch, L length; places are token numbers in the store.
+"""
+
+import numpy as np
+
+from lmjax.data.store import Store
+
+
+def windows(store: Store, starts: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, ...]:
+  """Tokens int32[b, length] from each start on, and bool[b, length]: False outside the store."""
+  tokens = np.full((len(starts), length), pad, np.int32)
+  for row, start in enumerate(starts.tolist()):
+    first, last = max(start, 0), min(start + length, len(store))
+    if first < last:
+      tokens[row, first - start : last - start] = store.read(first, last)
+  places = starts[:, None] + np.arange(length)
+  return tokens, (places >= 0) & (places < len(store))
+
+
+def spans(store: Store, starts: np.ndarray, stops: np.ndarray, length: int, pad: int) -> np.ndarray:
+  """Tokens int32[b, length]: those of [start, stop) and then padding; at most `length` of them."""
+  tokens = np.full((len(starts), length), pad, np.int32)
+  for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+    tokens[row, : stop - start] = store.read(start, stop)
+  return tokens
+
+
+def document_segments(tokens: np.ndarray, real: np.ndarray, eos: int) -> tuple[np.ndarray, ...]:
+  """(segments, positions), each int32[b, L], for rows cut from the stream of documents.
+
+  The end-of-text token opens the document that follows, whose first token is predicted from it.
+  Segments count from 1, and 0 is padding; positions restart with each segment.
+  """
+  opens = tokens == eos
+  segments = np.where(real, 1 + np.cumsum(opens, axis=1), 0)
+  places = np.arange(tokens.shape[1])
+  first = np.maximum.accumulate(np.where(opens, places, 0), axis=1)
+  return segments.astype(np.int32), (places - first).astype(np.int32)
+
+
+def sentence_windows(store: Store, capacity: int) -> np.ndarray:
+  """int64[n + 1] bounds of rows of full sentences, each of at most `capacity` tokens.
+
+  Sentences are taken in order, across documents (RoBERTa's FULL-SENTENCES; Liu et al., 2019).
+  Nothing is dropped: a sentence longer than a row is cut.
+  """
+  total, sentences = len(store), store.sentences
+  # For each sentence the last sentence start that its row can reach.
+  reach = np.searchsorted(sentences, sentences + capacity, side='right') - 1
+  farthest = sentences[reach].tolist()
+  index = dict(zip(sentences.tolist(), range(len(sentences)), strict=True))
+  bounds, place = [0], 0
+  while total - place > capacity:
+    at = index.get(place)
+    if at is None:  # inside a sentence that was cut
+      after = np.searchsorted(sentences, place + capacity, side='right') - 1
+      target = int(sentences[after])
+    else:
+      target = farthest[at]
+    place = target if target > place else place + capacity
+    bounds.append(place)
+  return np.array([*bounds, total], np.int64)
+
+
+def sentence_pairs(
+  store: Store, capacity: int, seed: int, short_prob: float, copies: int, ordered: bool
+) -> np.ndarray:
+  """int64[n, 5] rows (a_start, a_stop, b_start, b_stop, label): BERT's pairs of text segments.
+
+  The recipe of Devlin et al., 2019: sentences of a document are gathered until they fill a row of
+  `capacity` tokens (with probability `short_prob`, a random shorter length); a random number of
+  them is A; B is what follows (label 0) or, half of the time, text from another document (label 1),
+  in which case the sentences not used are gathered again.  Pairs that are too long lose tokens at
+  the ends of their longer half.  `copies` repeats the corpus with other draws.
+
+  `ordered`: B always follows A, and half of the pairs are swapped (label 1): the sentence-order
+  prediction of Lan et al., 2020.
+  """
+  documents = _sentence_bounds(store)
+  pairs = []
+  for copy in range(copies):
+    for index, document in enumerate(documents):
+      if len(document) > 1:
+        rng = np.random.default_rng([seed, copy, index])
+        pairs += _document_pairs(documents, index, rng, capacity, short_prob, ordered)
+  return np.array(pairs, np.int64).reshape(-1, 5)
+
+
+def _sentence_bounds(store: Store) -> list[list[int]]:
+  """For each document, where its sentences begin and, last, where its text ends."""
+  ends = store.documents[1:] - 1  # the end-of-text token belongs to no sentence
+  first = np.searchsorted(store.sentences, store.documents)
+  starts = store.sentences.tolist()
+  triples = zip(first.tolist(), first[1:].tolist(), ends.tolist(), strict=False)
+  return [[*starts[a:b], end] for a, b, end in triples]
+
+
+def _document_pairs(documents, index, rng, capacity, short_prob, ordered) -> list[tuple[int, ...]]:
+  document = documents[index]
+  last = len(document) - 1  # the number of sentences
+  pairs, begin = [], 0
+  while begin < last:
+    target = int(rng.integers(2, capacity + 1)) if rng.random() < short_prob else capacity
+    end = begin + 1
+    while end < last and document[end] - document[begin] < target:
+      end += 1
+    split = begin + (int(rng.integers(1, end - begin)) if end - begin > 1 else 1)
+    a = [document[begin], document[split]]
+    b, label = [document[split], document[end]], 0
+    if ordered and end - begin == 1:  # one long sentence: its halves are the pair
+      middle = (a[0] + a[1] + 1) // 2
+      a, b = [a[0], middle], [middle, a[1]]
+    elif not ordered and (end - begin == 1 or rng.random() < 0.5):
+      b, label = _from_another(documents, index, rng, target - (a[1] - a[0])), 1
+      end = split
+    _truncate(a, b, capacity, rng)
+    if ordered and rng.random() < 0.5:
+      a, b, label = b, a, 1
+    pairs.append((*a, *b, label))
+    begin = end
+  return pairs
+
+
+def _from_another(documents, index, rng, target: int) -> list[int]:
+  """Sentences of another document, from a random one on, until they hold `target` tokens."""
+  while True:
+    other = int(rng.integers(len(documents)))
+    if other != index and len(documents[other]) > 1:
+      break
+  document = documents[other]
+  begin = int(rng.integers(len(document) - 1))
+  end = begin + 1
+  while end < len(document) - 1 and document[end] - document[begin] < target:
+    end += 1
+  return [document[begin], document[end]]
+
+
+def _truncate(a: list[int], b: list[int], capacity: int, rng) -> None:
+  """Shortens the longer of the two, token by token, at a random end."""
+  excess = a[1] - a[0] + b[1] - b[0] - capacity
+  for front in rng.random(max(excess, 0)) < 0.5:
+    longer = a if a[1] - a[0] > b[1] - b[0] else b
+    if front:
+      longer[0] += 1
+    else:
+      longer[1] -= 1
+
+
+def pack_rows(lengths: np.ndarray, length: int, slots: int) -> np.ndarray:
+  """int64[rows, slots]: which items share a row, in order; -1 is an empty slot.
+
+  An item goes to the fullest row with room for it among the 64 that were opened last.
+  """
+  if slots == 1:
+    return np.arange(len(lengths))[:, None]
+  rows: list[list[int]] = []
+  room: list[int] = []
+  for item, size in enumerate(lengths.tolist()):
+    recent = range(max(0, len(rows) - 64), len(rows))
+    fitting = [r for r in recent if room[r] >= size and len(rows[r]) < slots]
+    best = min(fitting, key=room.__getitem__, default=None)
+    if best is None:
+      best = len(rows)
+      rows.append([])
+      room.append(length)
+    rows[best].append(item)
+    room[best] -= size
+  return np.array([row + [-1] * (slots - len(row)) for row in rows], np.int64).reshape(-1, slots)

@@ -1,0 +1,234 @@
+"""The token store: a source tokenized once, then read at random access.
+
+A store is a directory, keyed by the fingerprints of its source and tokenizer:
+
+  shard-00000/tokens.npy      uint16 or uint32, every document followed by the end-of-text token
+  shard-00000/documents.npy   int64, where each document begins in tokens.npy
+  shard-00000/sentences.npy   int64, where each sentence begins
+  shard-00000/bytes.npy       int64, the length of each document's text in UTF-8
+  store.json                  totals and fingerprints; written last, so a store with it is whole
+
+Shards are built in parallel, each in a directory of its own that is renamed when done, so that an
+interrupted build goes on where it stopped.
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import uuid
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from lmjax.config import UserError
+
+FORMAT = 1
+DOCUMENTS_PER_SHARD = 50_000
+LONGEST_SENTENCE = 10_000  # characters; text without an end of sentence is cut there
+
+# A sentence ends after . ! ? and what closes it, before white space and a capital, a digit or an
+# opening mark, or before a blank line.  White space goes with what follows it, as in subword tokens.
+_END = re.compile(r'[.!?]["\')\]]*(?=\s+["\'(\[]?[A-Z0-9])|(?<=\S)(?=\s*\n\s*\n)')
+
+
+def split_sentences(text: str) -> list[str]:
+  """Cuts a text into sentences; joined, they are the text again."""
+  ends = [m.end() for m in _END.finditer(text)]
+  bounds = [0, *(e for e in ends if 0 < e < len(text)), len(text)]
+  sentences = [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+  n = LONGEST_SENTENCE
+  return [s[i : i + n] for s in sentences for i in range(0, len(s), n)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+  """Token arrays, one a shard, read as one long array.
+
+  documents: int64[num_documents + 1], where each document begins, and the end.
+  sentences: int64[], where each sentence begins, in the same numbering.
+  """
+
+  shards: Sequence[np.ndarray]
+  documents: np.ndarray
+  sentences: np.ndarray
+  num_bytes: int  # of the original text, in UTF-8
+  digest: str  # identity of the content: equal stores hold equal tokens
+  path: str = ''
+
+  def __post_init__(self):
+    starts = np.cumsum([0, *(len(s) for s in self.shards)])
+    object.__setattr__(self, '_starts', starts.tolist())
+
+  def __len__(self) -> int:
+    """The number of tokens."""
+    return self._starts[-1]
+
+  @property
+  def num_documents(self) -> int:
+    return len(self.documents) - 1
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) as stored, a view where they lie in one shard."""
+    shard = bisect.bisect_right(self._starts, start) - 1
+    first = self._starts[shard]
+    if stop <= self._starts[shard + 1]:
+      return self.shards[shard][start - first : stop - first]
+    middle = self._starts[shard + 1]
+    return np.concatenate([self.read(start, middle), self.read(middle, stop)])
+
+
+def build(source, tokenizer, cache: str, progress: bool = True) -> Store:
+  """The store of `source` under `tokenizer` in `cache`, built as far as it is not there yet.
+
+  Raises:
+    UserError: a source without text, or one whose records cannot be read.
+  """
+  key = f'{FORMAT} {source.fingerprint} {tokenizer.fingerprint}'
+  directory = epath.Path(cache).expanduser() / 'stores' / _hash(key.encode())
+  if not (directory / 'store.json').exists():
+    _build_shards(source, tokenizer, directory, progress)
+    _commit(source, tokenizer, directory)
+  return open_store(str(directory), tokenizer)
+
+
+def open_store(path: str, tokenizer) -> Store:
+  """Opens a built store.
+
+  Raises:
+    UserError: it is not whole, or was made with another tokenizer.
+  """
+  directory = epath.Path(path)
+  if not (directory / 'store.json').exists():
+    raise UserError(f'{path} is no finished token store: it has no store.json')
+  meta = json.loads((directory / 'store.json').read_text())
+  if meta['tokenizer'] != tokenizer.fingerprint:
+    raise UserError(
+      f'the token store {path} was made with another tokenizer ({meta["tokenizer"]}, not '
+      f'{tokenizer.fingerprint}): build it again with this one'
+    )
+  shards = [directory / f'shard-{i:05d}' for i in range(meta['shards'])]
+  tokens = [_load(shard / 'tokens.npy') for shard in shards]
+  starts = np.cumsum([0, *(len(t) for t in tokens)])
+  offsets = list(zip(shards, starts, strict=False))
+  documents = [_load(shard / 'documents.npy') + start for shard, start in offsets]
+  sentences = [_load(shard / 'sentences.npy') + start for shard, start in offsets]
+  return Store(
+    shards=tokens,
+    documents=np.concatenate([*documents, starts[-1:]]),
+    sentences=np.concatenate(sentences),
+    num_bytes=meta['bytes'],
+    digest=meta['digest'],
+    path=path,
+  )
+
+
+def from_documents(texts: Sequence[str], tokenizer) -> Store:
+  """A small store in memory."""
+  tokens, documents, sentences, sizes = _encode(texts, tokenizer)
+  ends = np.append(documents, len(tokens))
+  return Store([tokens], ends, sentences, int(sizes.sum()), _hash(tokens.tobytes()))
+
+
+def _build_shards(source, tokenizer, directory: epath.Path, progress: bool) -> None:
+  n = len(source)
+  num_shards = min(n, max(8, -(-n // DOCUMENTS_PER_SHARD)))
+  bounds = [n * i // num_shards for i in range(num_shards + 1)]
+  jobs = [
+    (source, tokenizer, str(directory / f'shard-{i:05d}'), bounds[i], bounds[i + 1])
+    for i in range(num_shards)
+    if not (directory / f'shard-{i:05d}').exists()
+  ]
+  directory.mkdir(parents=True, exist_ok=True)
+  from tqdm import tqdm  # only a build needs it
+
+  quiet = not (progress and sys.stderr.isatty())
+  bar = tqdm(total=len(jobs), desc=f'tokenize {source.spec}', unit='shard', disable=quiet)
+  workers = min(len(jobs), os.cpu_count() or 1)
+  if workers <= 1:
+    for job in jobs:
+      _build_shard(*job)
+    return
+  # Workers start afresh: a forked child of a process that runs JAX threads may hang.
+  context = multiprocessing.get_context('spawn')
+  with bar, concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    futures = [pool.submit(_build_shard, *job) for job in jobs]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        future.result()
+        bar.update()
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _build_shard(source, tokenizer, path: str, start: int, stop: int) -> None:
+  arrays = _encode([source[i] for i in range(start, stop)], tokenizer)
+  scratch = epath.Path(f'{path}.{uuid.uuid4().hex[:8]}.tmp')
+  scratch.mkdir(parents=True)
+  for name, array in zip(('tokens', 'documents', 'sentences', 'bytes'), arrays, strict=True):
+    with (scratch / f'{name}.npy').open('wb') as file:
+      np.save(file, array)
+  try:
+    scratch.rename(path)
+  except OSError:  # another build of the same store was faster
+    scratch.rmtree()
+
+
+def _encode(texts: Sequence[str], tokenizer) -> tuple[np.ndarray, ...]:
+  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+  chunks, documents, sentences, total = [], [], [], 0
+  for text in texts:
+    documents.append(total)
+    for ids in tokenizer.encode_batch(split_sentences(text)):
+      if ids:
+        sentences.append(total)
+        chunks.append(np.array(ids, dtype))
+        total += len(ids)
+    chunks.append(np.array([tokenizer.eos], dtype))
+    total += 1
+  tokens = np.concatenate(chunks) if chunks else np.zeros(0, dtype)
+  sizes = [len(text.encode()) for text in texts]
+  return tokens, *(np.array(x, np.int64) for x in (documents, sentences, sizes))
+
+
+def _commit(source, tokenizer, directory: epath.Path) -> None:
+  shards = sorted(p for p in directory.iterdir() if re.fullmatch(r'shard-\d+', p.name))
+  tokens = [_load(shard / 'tokens.npy') for shard in shards]
+  sizes = [_load(shard / 'bytes.npy') for shard in shards]
+  meta = {
+    'format': FORMAT,
+    'source': source.fingerprint,
+    'spec': source.spec,
+    'tokenizer': tokenizer.fingerprint,
+    'shards': len(shards),
+    'tokens': sum(map(len, tokens)),
+    'documents': sum(map(len, sizes)),
+    'bytes': int(sum(s.sum() for s in sizes)),
+    'digest': _hash(*(np.ascontiguousarray(t) for t in tokens)),
+  }
+  scratch = directory / f'store.{uuid.uuid4().hex[:8]}.tmp'
+  scratch.write_text(json.dumps(meta, indent=2))
+  scratch.rename(directory / 'store.json')
+
+
+def _load(path: epath.Path) -> np.ndarray:
+  """Mapped into memory from a local disk; read whole from a bucket."""
+  if '://' not in str(path):
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+  with path.open('rb') as file:
+    return np.load(file, allow_pickle=False)
+
+
+def _hash(*parts) -> str:
+  digest = hashlib.blake2b(digest_size=8)
+  for part in parts:
+    digest.update(part)
+  return digest.hexdigest()
