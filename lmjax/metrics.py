@@ -1,0 +1,253 @@
+"""Numbers on their way out: sums with weights, floating-point work, and where they are written."""
+
+import collections
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+
+class Mean(NamedTuple):
+  """A sum and its weight; added over devices, micro-batches and batches, and divided once.
+
+  The mean of two means is wrong whenever their weights differ, as those of masked batches do.
+  """
+
+  total: jax.Array | float
+  weight: jax.Array | float
+
+  def __add__(self, other: 'Mean') -> 'Mean':
+    return Mean(self.total + other.total, self.weight + other.weight)
+
+  def compute(self) -> float:
+    return float(self.total) / float(self.weight) if self.weight else math.nan
+
+
+# -------------------------------------------------------------------------- floating-point work
+
+# Dense bfloat16 peaks of one device in FLOP/s, from the makers' data sheets.
+PEAK = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU7x': 1154e12,  # one of the two dies of a chip
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def matmul_flops(function: Callable, *args: Any) -> int:
+  """Multiply-adds x 2 of every matrix product in `function(*args)`, with trip counts of scans.
+
+  Counted on the traced program, so it is exact for any model; args may be ShapeDtypeStructs.
+  A product that a mask makes useless, such as the upper half of causal attention, is counted.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    times = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
+    if eqn.primitive.name == 'dot_general':
+      (contract, _), _ = eqn.params['dimension_numbers']
+      inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+      total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    for sub in jax.core.jaxprs_in_params(eqn.params):
+      total += times * _count(sub)
+  return total
+
+
+def peak_flops() -> float:
+  """FLOP/s of one device: from the table, or, on a CPU, as measured with a float32 product now."""
+  device = jax.devices()[0]
+  for kind, peak in PEAK.items():
+    if device.device_kind.startswith(kind):
+      return peak
+  n = 1024
+  x = jax.device_put(np.ones((n, n), np.float32), device)
+  product = jax.jit(lambda a: a @ a).lower(x).compile()
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  # Virtual CPU devices share the cores that this product had to itself.
+  return 2 * n**3 / min(seconds) / jax.local_device_count()
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+class NonFinite(FloatingPointError):
+  """The loss or the gradient is no longer a number."""
+
+  exit_code = 70
+
+
+class Log:
+  """What a run says: metrics.jsonl and ledger.jsonl, TensorBoard, a bar or lines for a person.
+
+  Numbers stay on the device until a step is due to be written, and then it is the step before the
+  one that is running, so that the host never holds the device up.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.Path,
+    start: int,
+    steps: int,
+    options: Mapping[str, Any],
+    cost: Mapping[str, float],
+  ):
+    """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together."""
+    self._steps, self._every, self._cost, self._workdir = steps, options['every'], cost, workdir
+    self._files = {}
+    for name in ('metrics', 'ledger'):
+      path = workdir / f'{name}.jsonl'
+      _truncate(path, start)
+      self._files[name] = path.open('a')
+    self._board = None
+    if options['tensorboard']:
+      import tensorboardX  # takes 0.2 s to import
+
+      self._board = tensorboardX.SummaryWriter(str(workdir))
+    self._bar = tqdm.tqdm(
+      total=steps, initial=start, unit='step', disable=not sys.stdout.isatty(), file=sys.stdout
+    )
+    self._pending: list[tuple[int, int, Any]] = []
+    self._history: collections.deque[float] = collections.deque(maxlen=5)
+    self.restart_clock()
+
+  def __enter__(self) -> 'Log':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for file in self._files.values():
+      file.close()
+    if self._board:
+      self._board.close()
+    self._bar.close()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Times what the step waits for its input."""
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
+
+  def restart_clock(self) -> None:
+    """Leaves out of tokens per second what was not training."""
+    self._began, self._waited = time.perf_counter(), 0.0
+
+  def push(self, step: int, fingerprint: int, numbers: Mapping[str, Any]) -> None:
+    """Takes a step's numbers, still on the device; writes those before it when they are due."""
+    if self._pending and self._pending[-1][0] % self._every == 0:
+      self.flush()
+    self._pending.append((step, fingerprint, numbers))
+
+  def flush(self) -> None:
+    """Writes all steps so far.
+
+    Raises:
+      NonFinite: naming the first step whose loss or gradient is not finite.
+    """
+    steps, fingerprints, numbers = zip(*self._pending, strict=True)
+    self._pending = []
+    numbers = jax.device_get(numbers)
+    seconds, waited = time.perf_counter() - self._began, self._waited
+    self.restart_clock()
+    for step, fingerprint in zip(steps, fingerprints, strict=True):
+      self._files['ledger'].write(json.dumps({'step': step, 'hash': f'{fingerprint:016x}'}) + '\n')
+    self._files['ledger'].flush()
+    for step, result in zip(steps, numbers, strict=True):
+      self._check_finite(step, result)
+    self._bar.update(len(steps))
+    rate = len(steps) / seconds
+    values = _average([n['terms'] for n in numbers], [n['metrics'] for n in numbers])
+    values |= {f'optimizer/{key}': float(x) for key, x in numbers[-1]['optimizer'].items()}
+    values |= {
+      'perf/tokens_per_second': rate * self._cost['tokens'],
+      'perf/mfu': rate * self._cost['flops'] / self._cost['peak'],
+      'perf/data_wait': waited / seconds,
+    }
+    self.write(steps[-1], values)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._files['metrics'].write(json.dumps({'step': step, **values}) + '\n')
+    self._files['metrics'].flush()
+    if self._board:
+      for key, value in values.items():
+        self._board.add_scalar(key, value, step)
+    self._bar.write(line(step, values, self._steps), file=sys.stdout)
+    sys.stdout.flush()
+
+  def _check_finite(self, step: int, result: Mapping[str, Any]) -> None:
+    loss = sum(Mean(*term).compute() for term in result['terms'].values())
+    norm = float(result['optimizer']['grad_norm'])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+      before = ', '.join(f'{x:.4g}' for x in self._history) or 'none'
+      saved = sorted(int(p.name) for p in _steps(self._workdir / 'checkpoints'))
+      kept = f'checkpoint {saved[-1]} is the last good one' if saved else 'no checkpoint was saved'
+      raise NonFinite(
+        f'step {step}: the loss is {loss} and the gradient norm {norm}; the losses before it were '
+        f'{before}; {kept} in {self._workdir}'
+      )
+    self._history.append(loss)
+
+
+def line(step: int, values: Mapping[str, float], steps: int | None = None) -> str:
+  """A line for a person: the step and the short names of the numbers."""
+  shown = {k: v for k, v in values.items() if not k.startswith('perf/') or 'tokens' in k}
+  words = [f'{key.removeprefix("train/")} {_short(key, x)}' for key, x in shown.items()]
+  return f'step {step}{f"/{steps}" if steps else ""}  ' + '  '.join(words)
+
+
+def _short(key: str, value: float) -> str:
+  return f'{value:,.0f}' if 'per_second' in key else f'{value:.4g}'
+
+
+def _average(terms: list, numbers: list) -> dict[str, float]:
+  """'train/<name>' -> value over some steps; 'train/loss' is the sum of the terms."""
+  means = {}
+  for part in (terms, numbers):
+    for key in part[0]:
+      total = Mean(0.0, 0.0)
+      for result in part:
+        total += Mean(*map(float, result[key]))
+      means[f'train/{key}'] = total.compute()
+  return {'train/loss': sum(means[f'train/{key}'] for key in terms[0]), **means}
+
+
+def _truncate(path: epath.Path, step: int) -> None:
+  """Keeps whole lines up to `step`: what a killed run wrote after its checkpoint comes again."""
+  if not path.exists():
+    return
+  lines = path.read_text().splitlines(keepends=True)
+  kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+  _write(path, ''.join(kept))
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a JSON file whole or not at all."""
+  _write(path, json.dumps(value, indent=2) + '\n')
+
+
+def _write(path: epath.Path, text: str) -> None:
+  scratch = path.parent / f'{path.name}.tmp'
+  scratch.write_text(text)
+  scratch.replace(path)
+
+
+def _steps(directory: epath.Path) -> list[epath.Path]:
+  return [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []

@@ -1,0 +1,130 @@
+"""Attention: a structured mask, one function, one module.
+
+B batch, L query length, S key length, D model, N query heads, G key-value heads, H head.
+"""
+
+from collections.abc import Callable
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax.models import layers
+
+
+@flax.struct.dataclass
+class Mask:
+  """Who may attend to whom, kept as structure so that a kernel can use it.
+
+  causal: a query sees the keys at its own place and before it.
+  segments_BL: a query sees the keys of its own segment; segment 0 is padding, seen by none.
+  """
+
+  causal: bool = flax.struct.field(pytree_node=False)
+  segments_BL: jax.Array | None = None
+
+  def array(self, length: int, keys: int, offset: jax.Array | int, window: int) -> jax.Array:
+    """Boolean [1 or B, L, S], True where attention is allowed.
+
+    `offset` is the place of the first query among the keys (not zero only with a cache);
+    `window` > 0 limits the distance to fewer than `window` places.
+    """
+    distance_LS = offset + jnp.arange(length)[:, None] - jnp.arange(keys)[None, :]
+    allowed_LS = distance_LS >= (0 if self.causal else -keys)
+    if window:
+      allowed_LS &= jnp.abs(distance_LS) < window
+    allowed_BLS = allowed_LS[None]
+    if self.segments_BL is not None:
+      query_BLS, key_BLS = self.segments_BL[:, :, None], self.segments_BL[:, None, :]
+      allowed_BLS = allowed_BLS & (query_BLS == key_BLS) & (key_BLS > 0)
+    return allowed_BLS
+
+
+def attention(
+  q_BLNH: jax.Array,
+  k_BSGH: jax.Array,
+  v_BSGH: jax.Array,
+  allowed_BLS: jax.Array,
+  bias_BNLS: jax.Array | None = None,
+  dropout: nn.Module | None = None,
+) -> jax.Array:
+  """Softmax attention, [B, L, N, H]; N is a multiple of G (Ainslie et al., 2023).
+
+  The softmax is in float32.  A query that may attend to nothing yields zeros.
+  """
+  (b, length, n, h), g = q_BLNH.shape, k_BSGH.shape[2]
+  q_BLGRH = q_BLNH.reshape(b, length, g, n // g, h) * h**-0.5
+  logits = jnp.einsum('BLGRH,BSGH->BGRLS', q_BLGRH, k_BSGH).astype(jnp.float32)
+  if bias_BNLS is not None:
+    logits += bias_BNLS.reshape(-1, g, n // g, *bias_BNLS.shape[2:])
+  allowed = allowed_BLS[:, None, None]
+  logits = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
+  weights = jnp.where(allowed, jax.nn.softmax(logits), 0).astype(v_BSGH.dtype)
+  if dropout is not None:
+    weights = dropout(weights)
+  return jnp.einsum('BGRLS,BSGH->BLGRH', weights, v_BSGH).reshape(b, length, n, h)
+
+
+class Attention(nn.Module):
+  """Multi-head or grouped-query self-attention with an optional cache of keys and values."""
+
+  dim: int
+  heads: int
+  kv_heads: int
+  rotate: Callable  # layers.NoPositions.rotate or another's
+  initializers: layers.Initializers
+  bias: bool
+  qk_norm: bool  # Henry et al., 2020: normalised queries and keys keep the logits bounded
+  window: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    mask: Mask,
+    positions_BL: jax.Array,
+    bias_BNLS: jax.Array | None,
+    train: bool,
+    cache_length: int = 0,
+  ) -> jax.Array:
+    head_dim = self.dim // self.heads
+    shared = dict(initializers=self.initializers, bias=self.bias, dtype=self.dtype)
+
+    def project(name, heads):
+      shape, axes = (self.dim, heads, head_dim), ('embed', 'heads', 'kv')
+      return layers.Einsum('BLD,DNH->BLNH', shape, axes, **shared, name=name)(x_BLD)
+
+    q_BLNH = project('query', self.heads)
+    k_BLGH = project('key', self.kv_heads)
+    v_BLGH = project('value', self.kv_heads)
+    if self.qk_norm:
+      q_BLNH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'query_norm')(q_BLNH).astype(self.dtype)
+      k_BLGH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'key_norm')(k_BLGH).astype(self.dtype)
+    q_BLNH, k_BLGH = self.rotate(q_BLNH, positions_BL), self.rotate(k_BLGH, positions_BL)
+    offset = 0
+    if cache_length:
+      k_BLGH, v_BLGH, offset = self._cached(k_BLGH, v_BLGH, cache_length)
+    allowed_BLS = mask.array(x_BLD.shape[1], k_BLGH.shape[1], offset, self.window)
+    dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
+    y_BLNH = attention(q_BLNH, k_BLGH, v_BLGH, allowed_BLS, bias_BNLS, dropout)
+    shape, axes = (self.heads, head_dim, self.dim), ('heads', 'kv', 'embed')
+    return layers.Einsum('BLNH,NHD->BLD', shape, axes, **shared, role='residual', name='out')(
+      y_BLNH
+    )
+
+  def _cached(
+    self, k_BLGH: jax.Array, v_BLGH: jax.Array, length: int
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Appends to the cache; returns all of it and the place of the first new key."""
+    shape = (k_BLGH.shape[0], length, *k_BLGH.shape[2:])
+    keys = self.variable('cache', 'keys', jnp.zeros, shape, self.dtype)
+    values = self.variable('cache', 'values', jnp.zeros, shape, self.dtype)
+    filled = self.variable('cache', 'filled', jnp.zeros, (), jnp.int32)
+    offset = filled.value
+    keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, k_BLGH, offset, axis=1)
+    values.value = jax.lax.dynamic_update_slice_in_dim(values.value, v_BLGH, offset, axis=1)
+    filled.value = offset + k_BLGH.shape[1]
+    return keys.value, values.value, offset

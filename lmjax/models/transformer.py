@@ -1,0 +1,204 @@
+"""The Transformer, encoder or decoder by its mask alone, composed of parts chosen by name.
+
+B batch, L length, D model, N heads.  Vaswani et al., 2017.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax.config import UserError, did_you_mean
+from lmjax.models import layers
+from lmjax.models.attention import Attention, Mask
+
+SIZES = {
+  # Devlin et al., 2019; Turc et al., 2019, for the small ones.
+  'bert_tiny': dict(depth=2, dim=128, heads=2),
+  'bert_mini': dict(depth=4, dim=256, heads=4),
+  'bert_small': dict(depth=4, dim=512, heads=8),
+  'bert_medium': dict(depth=8, dim=512, heads=8),
+  'bert_base': dict(depth=12, dim=768, heads=12),
+  'bert_large': dict(depth=24, dim=1024, heads=16),
+  # Radford et al., 2019.
+  'gpt2_small': dict(depth=12, dim=768, heads=12),
+  'gpt2_medium': dict(depth=24, dim=1024, heads=16),
+  'gpt2_large': dict(depth=36, dim=1280, heads=20),
+  'gpt2_xl': dict(depth=48, dim=1600, heads=25),
+}
+
+NORM_POSITIONS = ('pre', 'post', 'both')
+REMAT = {  # name -> what a block keeps for its backward pass
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+  """Attention and feed-forward, each added to the residual stream."""
+
+  attention: nn.Module
+  ffn: nn.Module
+  norm: str
+  norm_position: str
+  norm_epsilon: float
+  bias: bool
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    mask: Mask,
+    positions_BL: jax.Array,
+    bias_BNLS: jax.Array | None,
+    train: bool,
+    cache_length: int,
+  ) -> tuple[jax.Array, None]:
+    def attend(h_BLD):
+      return self.attention(h_BLD, mask, positions_BL, bias_BNLS, train, cache_length)
+
+    x_BLD = self._residual(x_BLD, attend, 'attention', train)
+    x_BLD = self._residual(x_BLD, self.ffn, 'ffn', train)
+    axes = ('batch', 'length', 'embed')
+    return nn.with_logical_constraint(x_BLD, axes), None
+
+  def _residual(self, x_BLD: jax.Array, part, name: str, train: bool) -> jax.Array:
+    def norm(when):
+      return layers.norm(self.norm, self.norm_epsilon, self.bias, name=f'{name}_{when}_norm')
+
+    h_BLD = x_BLD if self.norm_position == 'post' else norm('pre')(x_BLD)
+    h_BLD = part(h_BLD)
+    h_BLD = norm('post')(h_BLD) if self.norm_position == 'both' else h_BLD
+    h_BLD = nn.Dropout(self.dropout, deterministic=not train)(h_BLD)
+    x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
+    return norm('post')(x_BLD) if self.norm_position == 'post' else x_BLD
+
+
+class Transformer(nn.Module):
+  """The core of BERT, GPT and their kin."""
+
+  depth: int | None = None  # blocks; these three may come from a size
+  dim: int | None = None  # of the residual stream
+  heads: int | None = None
+  kv_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many
+  ffn_dim: int | None = None  # None: 4 dim
+  max_length: int | None = None  # positions that learned positions know; None: the run's length
+  positions: str = 'learned'  # learned, sinusoidal, rotary, alibi, relative, none
+  ffn: str = 'gelu_tanh'  # gelu, gelu_tanh, relu, swiglu, geglu
+  norm: str = 'layernorm'  # layernorm, rmsnorm
+  norm_position: str = 'pre'  # pre, post (of the residual sum), both (around each part)
+  norm_epsilon: float = 1e-5
+  embed_norm: bool = False  # a norm on the embedded tokens, as in BERT
+  bias: bool = True  # in projections and LayerNorms
+  qk_norm: bool = False  # RMSNorm on queries and keys
+  window: int = 0  # attend to fewer than this many places away; 0: to all
+  dropout: float = 0.0  # on embeddings and on what each part adds
+  attention_dropout: float = 0.0  # on attention weights
+  initializer: str = 'gpt2'  # gpt2, bert, fan_in
+  dtype: str = 'float32'  # of activations and products; parameters stay float32
+  scan: bool = (
+    True  # one compiled block for all layers; False unrolls: faster on CPU, slower to compile
+  )
+  remat: str = 'none'  # what to recompute in the backward pass: none, full, dots, dots_no_batch
+
+  def __post_init__(self):
+    chosen = {
+      'positions': layers.POSITIONS,
+      'ffn': layers.ACTIVATIONS,
+      'norm': layers.NORMS,
+      'norm_position': NORM_POSITIONS,
+      'initializer': layers.INITS,
+      'dtype': ('float32', 'bfloat16', 'float16'),
+      'remat': ('none', *REMAT),
+    }
+    for key, known in chosen.items():
+      name = getattr(self, key)
+      if name not in known:
+        raise UserError(f'there is no model.{key} "{name}"{did_you_mean(name, known)}')
+    for key in ('depth', 'dim', 'heads', 'kv_heads', 'ffn_dim', 'max_length'):
+      if getattr(self, key) is not None and getattr(self, key) < 1:
+        raise UserError(f'model.{key} = {getattr(self, key)} must be at least 1')
+    if self.dim % self.heads:
+      raise UserError(f'model.dim = {self.dim} does not divide into model.heads = {self.heads}')
+    if self.heads % (self.kv_heads or self.heads):
+      raise UserError(f'model.heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}')
+    if self.positions in ('rotary', 'sinusoidal') and (self.dim // self.heads) % 2:
+      raise UserError(f'{self.positions} positions need an even model.dim / model.heads')
+    for key in ('dropout', 'attention_dropout'):
+      if not 0 <= getattr(self, key) < 1:
+        raise UserError(f'model.{key} = {getattr(self, key)} must be at least 0 and below 1')
+    super().__post_init__()
+
+  def setup(self):
+    initializers = layers.Initializers(self.initializer, self.depth)
+    positions = layers.POSITIONS[self.positions]
+    self.position = positions(self.dim, self.heads, self.max_length, initializers)
+    norm = lambda: layers.norm(self.norm, self.norm_epsilon, self.bias)
+    self.input_norm = norm() if self.embed_norm else (lambda x_BLD: x_BLD)
+    self.output_norm = (lambda x_BLD: x_BLD) if self.norm_position == 'post' else norm()
+    self.input_dropout = nn.Dropout(self.dropout)
+    self.blocks = self._stack(initializers)
+
+  def _stack(self, initializers: layers.Initializers) -> nn.Module:
+    """`depth` blocks whose parameters are stacked along the axis `layers`, scanned or unrolled."""
+    block = Block
+    if self.remat != 'none':
+      policy = REMAT[self.remat]
+      block = nn.remat(Block, policy=policy, prevent_cse=not self.scan, static_argnums=(5, 6))
+    dtype = jnp.dtype(self.dtype)
+    parts = dict(initializers=initializers, bias=self.bias, dtype=dtype)
+    stack = nn.scan(
+      block,
+      variable_axes={'params': 0, 'cache': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=1 if self.scan else self.depth,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    return stack(
+      attention=Attention(
+        self.dim,
+        self.heads,
+        self.kv_heads or self.heads,
+        layers.POSITIONS[self.positions].rotate,
+        qk_norm=self.qk_norm,
+        window=self.window,
+        dropout=self.attention_dropout,
+        parent=None,
+        **parts,
+      ),
+      ffn=layers.FeedForward(
+        self.dim, self.ffn_dim or 4 * self.dim, self.ffn, parent=None, **parts
+      ),
+      norm=self.norm,
+      norm_position=self.norm_position,
+      norm_epsilon=self.norm_epsilon,
+      bias=self.bias,
+      dropout=self.dropout,
+    )
+
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    mask: Mask,
+    train: bool,
+    positions_BL: jax.Array | None = None,
+    cache_length: int = 0,
+  ) -> jax.Array:
+    """Contextual vectors [B, L, D] in float32.
+
+    positions_BL: the place of each token in its text; None: 0, 1, 2, …
+    cache_length: with a mutable collection `cache`, keys and values of up to so many tokens are
+      kept from call to call, and x_BLD holds the tokens that come next.
+    """
+    if positions_BL is None:
+      positions_BL = jnp.arange(x_BLD.shape[1])[None]
+    keys_BS = jnp.arange(cache_length)[None] if cache_length else positions_BL
+    bias_BNLS = self.position.bias(positions_BL, keys_BS, mask.causal)
+    x_BLD = self.input_norm(self.position.add(x_BLD, positions_BL))
+    x_BLD = self.input_dropout(x_BLD, deterministic=not train).astype(self.dtype)
+    x_BLD = nn.with_logical_constraint(x_BLD, ('batch', 'length', 'embed'))
+    x_BLD, _ = self.blocks(x_BLD, mask, positions_BL, bias_BNLS, train, cache_length)
+    return self.output_norm(x_BLD).astype(jnp.float32)

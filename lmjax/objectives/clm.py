@@ -1,0 +1,122 @@
+"""Causal language modelling: each token is predicted from those before it.  Radford et al., 2019.
+
+Batch: tokens_BL, targets_BL, weights_BL; with separate_documents also segments_BL, positions_BL.
+B batch, L length, D model, V vocabulary.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lmjax.config import UserError
+from lmjax.data import corrupt, pack
+from lmjax.data.store import Store
+from lmjax.metrics import Mean
+from lmjax.models import heads, layers
+from lmjax.models.attention import Mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  separate_documents: bool = False  # attention never crosses documents, and positions restart
+  tied: bool = True  # the output layer is the transposed embedding table
+  label_smoothing: float = 0.0  # share of the target spread over the vocabulary
+  z_loss: float = 0.0  # weight of log(Z)^2; 1e-4 in PaLM
+
+  causal: ClassVar[bool] = True
+  scores_every_token: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if not 0 <= self.label_smoothing < 1:
+      raise UserError(f'objective.label_smoothing = {self.label_smoothing} is not in [0, 1)')
+
+  def check(self, tokenizer, length: int, core: nn.Module) -> None:
+    if tokenizer.eos is None:
+      raise UserError(
+        f'clm needs an end-of-text token, and the {tokenizer.name} vocabulary has none'
+      )
+
+  def examples(
+    self, store: Store, tokenizer, length: int, seed: int, train: bool = True
+  ) -> 'Windows':
+    return Windows(store, tokenizer, length, seed, train, self.separate_documents)
+
+  def model(self, core: nn.Module, vocab_size: int) -> nn.Module:
+    return CausalLM(core, vocab_size, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """The documents end to end, cut into windows of `length` inputs and as many targets.
+
+  In training the cuts move from epoch to epoch.  Nothing is dropped: the first and the last window
+  are padded.
+  """
+
+  store: Store
+  tokenizer: object
+  length: int
+  seed: int
+  train: bool
+  separate_documents: bool
+
+  def __len__(self) -> int:
+    return -(-(len(self.store) - 1) // self.length) + (1 if self.train else 0)
+
+  def __call__(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+    starts = indices * self.length
+    if self.train:
+      noise = corrupt.keys(self.seed, np.zeros_like(epochs), epochs)
+      starts = starts - (noise % np.uint64(self.length)).astype(np.int64)
+    pad = self.tokenizer.pad or 0
+    tokens, real = pack.windows(self.store, starts, self.length + 1, pad)
+    batch = {
+      'tokens': tokens[:, :-1],
+      'targets': tokens[:, 1:],
+      'weights': (real[:, :-1] & real[:, 1:]).astype(np.float32),
+    }
+    if self.separate_documents:
+      eos = self.tokenizer.eos
+      segments, positions = pack.document_segments(batch['tokens'], real[:, :-1], eos)
+      batch |= {'segments': segments, 'positions': positions}
+    return batch
+
+
+class CausalLM(nn.Module):
+  core: nn.Module
+  vocab_size: int
+  objective: Objective
+
+  def setup(self):
+    init, dtype = (
+      layers.Initializers(self.core.initializer, self.core.depth),
+      jnp.dtype(self.core.dtype),
+    )
+    self.embed = layers.Embed(self.vocab_size, self.core.dim, ('vocab', 'embed'), init)
+    self.head = heads.TokenHead(self.vocab_size, self.objective.tied, False, init, dtype)
+
+  def logits(
+    self,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    train: bool = False,
+    cache_length: int = 0,
+  ) -> jax.Array:
+    """[B, L, V]: at each place the distribution of the token after it."""
+    mask = Mask(causal=True, segments_BL=segments_BL)
+    x_BLD = self.core(self.embed(tokens_BL), mask, train, positions_BL, cache_length)
+    return self.head(x_BLD, self.embed)
+
+  def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
+    segments_BL, positions_BL = batch.get('segments'), batch.get('positions')
+    logits_BLV = self.logits(batch['tokens'], segments_BL, positions_BL, train)
+    o = self.objective
+    loss, xent, accuracy = heads.cross_entropy(
+      logits_BLV, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
+    )
+    return {'clm': loss}, {'xent': xent, 'accuracy': accuracy}

@@ -1,0 +1,239 @@
+"""Masked language modelling, with sentence pairs or without (Devlin et al.; Liu et al., 2019).
+
+Batch: tokens_BL (corrupted), segments_BL (0 is padding), places_BK (what is predicted), targets_BK,
+weights_BK; where documents or pairs share a row also positions_BL; with sentence pairs types_BL (0
+or 1: first or second half), pair_places_BP (of [CLS]), pair_targets_BP, pair_weights_BP.
+B batch, L length, K predictions, P pairs, D model, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lmjax.config import UserError, did_you_mean
+from lmjax.data import corrupt, pack
+from lmjax.data.store import Store
+from lmjax.metrics import Mean
+from lmjax.models import heads, layers
+from lmjax.models.attention import Mask
+
+MASKING = ('token', 'word', 'span')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  rate: float = 0.15  # share of the tokens that are predicted
+  mask_share: float = 0.8  # of those, so many become [MASK] …
+  random_share: float = 0.1  # … and so many a random token; the rest stays as it is
+  masking: str = 'token'  # what is chosen as a whole: token, word, span
+  predictions: int | None = None  # places K kept in a row for them; None: rate x length, rounded up
+  dynamic: bool = True  # new masks in every epoch; False: those of the first, as in the original
+  dupe_factor: int = 1  # copies of the corpus, each with masks and pairs of its own
+  next_sentence: bool = False  # sentence pairs: does the second follow the first?  (BERT)
+  sentence_order: bool = False  # sentence pairs: are they in order?  (ALBERT; Lan et al., 2020)
+  short_seq_prob: float = 0.1  # pairs: share of rows that aim at a random shorter length
+  pairs_per_row: int = 1  # pairs: at most so many share a row, one [CLS] each
+  pair_length: int | None = None  # pairs: tokens in a pair at most; None: the row's length
+  separate_documents: bool = False  # without pairs: attention never crosses documents
+  tied: bool = True  # the output layer is the transposed embedding table
+  label_smoothing: float = 0.0  # share of the target spread over the vocabulary
+  z_loss: float = 0.0  # weight of log(Z)^2
+
+  causal: ClassVar[bool] = False
+  scores_every_token: ClassVar[bool] = False
+
+  @property
+  def pairs(self) -> bool:
+    return self.next_sentence or self.sentence_order
+
+  def __post_init__(self):
+    if self.masking not in MASKING:
+      known = did_you_mean(self.masking, MASKING)
+      raise UserError(f'there is no objective.masking "{self.masking}"{known}')
+    for key in ('rate', 'mask_share', 'random_share', 'short_seq_prob', 'label_smoothing'):
+      if not 0 <= getattr(self, key) <= 1:
+        raise UserError(f'objective.{key} = {getattr(self, key)} is not in [0, 1]')
+    if self.rate == 0 or self.mask_share + self.random_share > 1:
+      raise UserError('objective: rate must be above 0, and mask_share + random_share at most 1')
+    if self.next_sentence and self.sentence_order:
+      raise UserError('objective: next_sentence and sentence_order exclude each other')
+    for key in ('dupe_factor', 'pairs_per_row', 'predictions', 'pair_length'):
+      if getattr(self, key) is not None and getattr(self, key) < 1:
+        raise UserError(f'objective.{key} = {getattr(self, key)} must be at least 1')
+    unread = ('short_seq_prob', 'pairs_per_row', 'pair_length')
+    self._refuse_unread(() if self.pairs else unread, 'neither next_sentence nor sentence_order')
+    self._refuse_unread(('separate_documents',) if self.pairs else (), 'sentence pairs')
+    if not self.pairs and self.dynamic:
+      self._refuse_unread(('dupe_factor',), 'dynamic masks, which differ in every epoch anyway')
+
+  def _refuse_unread(self, keys: tuple[str, ...], why: str) -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(self)}
+    for key in keys:
+      if getattr(self, key) != defaults[key]:
+        raise UserError(f'objective.{key} = {getattr(self, key)} is read by nothing with {why}')
+
+  def check(self, tokenizer, length: int, core: nn.Module) -> None:
+    for token in ('mask', 'cls', 'sep', 'pad'):
+      if getattr(tokenizer, token) is None:
+        raise UserError(f'mlm needs a {token} token, and the {tokenizer.name} vocabulary has none')
+    if self.pairs and (self.pair_length or length) < 5:
+      raise UserError(f'length {self.pair_length or length} has no room for a pair of sentences')
+    if (self.pair_length or 0) > length:
+      raise UserError(f'objective.pair_length = {self.pair_length} exceeds length = {length}')
+    if length < 3:
+      raise UserError(f'length = {length} has no room for a token between [CLS] and [SEP]')
+
+  def examples(self, store: Store, tokenizer, length: int, seed: int, train: bool = True) -> 'Rows':
+    """train=False: 15 % of the tokens, one by one, and the same ones for every run."""
+    objective = self
+    if not train:
+      fixed = dict(rate=0.15, masking='token', predictions=None, dynamic=False, dupe_factor=1)
+      objective, seed = dataclasses.replace(self, **fixed), 0
+    return Rows(objective, store, tokenizer, length, seed)
+
+  def model(self, core: nn.Module, vocab_size: int) -> nn.Module:
+    return MaskedLM(core, vocab_size, self)
+
+
+class Rows:
+  """Rows of full sentences, [CLS] … [SEP], or of sentence pairs, [CLS] A [SEP] B [SEP]."""
+
+  def __init__(self, objective: Objective, store: Store, tokenizer, length: int, seed: int):
+    self.objective, self.store, self.tokenizer = objective, store, tokenizer
+    self.length, self.seed = length, seed
+    self.k = objective.predictions or math.ceil(objective.rate * length)
+    self.ordinary = np.flatnonzero(~tokenizer.special)
+    if objective.pairs:
+      self._plan_pairs()
+    else:
+      bounds = pack.sentence_windows(store, length - 2)
+      self.items = np.stack([bounds[:-1], bounds[1:]], axis=1)
+
+  def _plan_pairs(self) -> None:
+    o, store = self.objective, self.store
+    documents = np.diff(np.searchsorted(store.sentences, store.documents))
+    if o.next_sentence and (documents > 0).sum() < 2:
+      raise UserError('next_sentence needs at least two documents, to take negatives from another')
+    capacity = (o.pair_length or self.length) - 3
+    self.pairs = pack.sentence_pairs(
+      store, capacity, self.seed, o.short_seq_prob, o.dupe_factor, o.sentence_order
+    )
+    lengths = self.pairs[:, 1] - self.pairs[:, 0] + self.pairs[:, 3] - self.pairs[:, 2] + 3
+    self.items = pack.pack_rows(lengths, self.length, o.pairs_per_row)
+
+  def __len__(self) -> int:
+    # The plan of pairs holds the copies already.
+    return len(self.items) * (1 if self.objective.pairs else self.objective.dupe_factor)
+
+  def __call__(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+    o = self.objective
+    make = self._pair_rows if o.pairs else self._sentence_rows
+    clean, batch = make(self.items[indices % len(self.items)])
+    candidates = (batch['segments'] > 0) & ~self.tokenizer.special[clean]
+    noise = corrupt.keys(self.seed, indices, epochs if o.dynamic else np.zeros_like(epochs))
+    counts = np.minimum(np.maximum(1, np.rint(candidates.sum(axis=1) * o.rate)), self.k)
+    chosen = self._choose(candidates, counts.astype(np.int64), clean, noise)
+    shares = (o.mask_share, o.random_share)
+    places, weights = corrupt.gather_places(chosen, self.k)
+    mask = self.tokenizer.mask
+    return batch | {
+      'tokens': corrupt.replace(clean, chosen, mask, self.ordinary, shares, noise),
+      'places': places,
+      'targets': np.take_along_axis(clean, places, axis=1),
+      'weights': weights,
+    }
+
+  def _choose(self, candidates, counts, clean, noise) -> np.ndarray:
+    if self.objective.masking == 'token':
+      return corrupt.choose_tokens(candidates, counts, self.k, noise)
+    choose = {'word': corrupt.choose_words, 'span': corrupt.choose_spans}[self.objective.masking]
+    return choose(candidates, counts, self.tokenizer.starts_word[clean], noise)
+
+  def _sentence_rows(self, items: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    starts, stops = items.T
+    t = self.tokenizer
+    tokens = np.full((len(items), self.length), t.pad, np.int32)
+    tokens[:, 0] = t.cls
+    tokens[:, 1:] = pack.spans(self.store, starts, stops, self.length - 1, t.pad)
+    ends = stops - starts + 1
+    np.put_along_axis(tokens, ends[:, None], t.sep, axis=1)
+    real = np.arange(self.length) <= ends[:, None]
+    if not self.objective.separate_documents:
+      return tokens, {'segments': real.astype(np.int32)}
+    segments, positions = pack.document_segments(tokens, real, t.eos)
+    return tokens, {'segments': segments, 'positions': positions}
+
+  def _pair_rows(self, items: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    o, t = self.objective, self.tokenizer
+    tokens = np.full((len(items), self.length), t.pad, np.int32)
+    segments, positions, types = (np.zeros_like(tokens) for _ in range(3))
+    pair_places, pair_targets = np.zeros((2, *items.shape), np.int32)
+    for row, item in enumerate(items):
+      place = 0
+      for slot, pair in enumerate(self.pairs[item[item >= 0]]):
+        a0, a1, b0, b1, label = pair.tolist()
+        n_a, n = a1 - a0 + 2, a1 - a0 + b1 - b0 + 3
+        at = slice(place, place + n)
+        tokens[row, place] = t.cls
+        tokens[row, place + 1 : place + n_a - 1] = self.store.read(a0, a1)
+        tokens[row, place + n_a - 1] = t.sep
+        tokens[row, place + n_a : place + n - 1] = self.store.read(b0, b1)
+        tokens[row, place + n - 1] = t.sep
+        segments[row, at] = slot + 1
+        positions[row, at] = np.arange(n)
+        types[row, place + n_a : place + n] = 1
+        pair_places[row, slot], pair_targets[row, slot] = place, label
+        place += n
+    batch = {'segments': segments, 'types': types, 'pair_places': pair_places}
+    batch |= {'pair_targets': pair_targets, 'pair_weights': (items >= 0).astype(np.float32)}
+    return tokens, batch | ({'positions': positions} if o.pairs_per_row > 1 else {})
+
+
+class MaskedLM(nn.Module):
+  core: nn.Module
+  vocab_size: int
+  objective: Objective
+
+  def setup(self):
+    core, o = self.core, self.objective
+    init, dtype = layers.Initializers(core.initializer, core.depth), jnp.dtype(core.dtype)
+    d = core.dim
+    self.embed = layers.Embed(self.vocab_size, d, ('vocab', 'embed'), init)
+    self.transform = layers.Einsum('BKD,DE->BKE', (d, d), ('embed', 'mlp'), init, dtype=dtype)
+    self.transform_norm = layers.norm(core.norm, core.norm_epsilon, core.bias)
+    self.head = heads.TokenHead(self.vocab_size, o.tied, True, init, dtype)
+    if o.pairs:
+      self.types = layers.Embed(2, d, ('types', 'embed'), init)
+      self.classifier = heads.Classifier(2, init, dtype)
+
+  def encode(self, batch: dict[str, jax.Array], train: bool) -> jax.Array:
+    """Contextual vectors [B, L, D]."""
+    x_BLD = self.embed(batch['tokens'])
+    if self.objective.pairs:
+      x_BLD += self.types(batch['types'])
+    mask = Mask(causal=False, segments_BL=batch['segments'])
+    return self.core(x_BLD, mask, train, batch.get('positions'))
+
+  def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
+    o = self.objective
+    x_BLD = self.encode(batch, train)
+    # Only the chosen places meet the vocabulary: K of L rows of the largest product.
+    x_BKD = jnp.take_along_axis(x_BLD, batch['places'][..., None], axis=1)
+    x_BKD = self.transform_norm(nn.gelu(self.transform(x_BKD), approximate=False))
+    logits_BKV = self.head(x_BKD, self.embed)
+    loss, xent, accuracy = heads.cross_entropy(
+      logits_BKV, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
+    )
+    terms, metrics = {'mlm': loss}, {'xent': xent, 'mlm_accuracy': accuracy}
+    if o.pairs:
+      x_BPD = jnp.take_along_axis(x_BLD, batch['pair_places'][..., None], axis=1)
+      logits_BPC = self.classifier(x_BPD)
+      terms['nsp'], _, metrics['nsp_accuracy'] = heads.cross_entropy(
+        logits_BPC, batch['pair_targets'], batch['pair_weights']
+      )
+    return terms, metrics
