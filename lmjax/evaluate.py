@@ -1,0 +1,92 @@
+"""Evaluates a checkpoint of a run on its named sets; prints JSON and writes eval_<step>.json."""
+
+import json
+import math
+import operator
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+
+from lmjax import config, sharding
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import UserError
+from lmjax.data import loader
+from lmjax.experiment import Experiment, open_run
+
+
+class Evaluator:
+  """The objective's numbers on every evaluation set, with train=False."""
+
+  def __init__(self, parts: Experiment, mesh: Mesh):
+    self.parts, self.mesh = parts, mesh
+    apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
+    self._step = jax.jit(apply)
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """'eval/<set>/<name>' -> value: loss, its terms, the metrics, perplexity, bits per byte."""
+    sets = {name: self._evaluate(name, params) for name in self.parts.config['data']['eval']}
+    return {f'eval/{name}/{key}': x for name, values in sets.items() for key, x in values.items()}
+
+  def _evaluate(self, name: str, params: Any) -> dict[str, float]:
+    c = self.parts.config
+    batches = loader.eval_batches(self.parts.examples(name), c['batch'], c['evaluate']['batches'])
+    sums = None
+    for batch in batches:
+      means = jax.device_get(self._step(params, self.parts.place(batch, self.mesh)))
+      sums = means if sums is None else jax.tree.map(operator.add, sums, means)
+    terms, metrics = ({key: mean.compute() for key, mean in part.items()} for part in sums)
+    values = {'loss': sum(terms.values()), **terms, **metrics}
+    values['perplexity'] = math.exp(min(metrics['xent'], 700))  # exp(710) overflows
+    if self.parts.objective.scores_every_token:
+      # Of the original text, so that tokenizers compare; what a set leaves out counts as average.
+      tokens = self.parts.stores[name]
+      values['bits_per_byte'] = metrics['xent'] / math.log(2) * len(tokens) / tokens.num_bytes
+    return values
+
+
+def restore_params(
+  parts: Experiment, workdir: str, mesh: Mesh, step: int | None = None, like: Any = None
+) -> tuple[int, Any]:
+  """(step, parameters) of a run's checkpoint; the averaged ones where the run keeps an average.
+
+  `like` is a pytree of ShapeDtypeStructs with shardings; by default the run's own parameters.
+
+  Raises:
+    UserError: there is no checkpoint, or not that one, or it holds other parameters.
+  """
+  if like is None:
+    like = parts.abstract_params(mesh, next(iter(parts.config['data']['eval'])))
+  with Checkpoints(epath.Path(workdir) / 'checkpoints', read_only=True) as checkpoints:
+    path = checkpoints.average_path(step) if parts.optimizer.ema else 'params'
+    restored = checkpoints.restore_subtree(path, like, step)
+  if restored is None:
+    raise UserError(f'there is no checkpoint in {workdir}')
+  return restored[0], restored[1]
+
+
+def run(workdir: str, step: int | None = None) -> dict[str, float]:
+  """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
+  parts = open_run(workdir)
+  mesh = sharding.make_mesh()
+  strategy = parts.config['sharding']['strategy']
+  sharding.check_batch(parts.config['batch'], 1, mesh, strategy)
+  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    step, params = restore_params(parts, workdir, mesh, step)
+    values = {'step': step, **Evaluator(parts, mesh)(params)}
+  (epath.Path(workdir) / f'eval_{step}.json').write_text(json.dumps(values, indent=2))
+  return values
+
+
+def main() -> None:
+  if not flags.FLAGS.workdir:
+    raise UserError('name the run with --workdir DIR')
+  print(json.dumps(run(flags.FLAGS.workdir, flags.FLAGS.step), indent=2))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', '', 'The directory of the run.')
+  flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.')
+  config.run_command(main)

@@ -1,0 +1,27 @@
+"""Trains:  python -m lmjax.main --config experiments/quickstart.py --workdir /tmp/run
+
+A killed run goes on where its last checkpoint was when the same command is given again.
+Every knob can be set on the command line, as --config.optimizer.lr=3e-4; lmjax/config.py has them.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from lmjax import config
+
+
+def main() -> None:
+  if flags.FLAGS.config is None:
+    raise config.UserError('name an experiment with --config FILE.py[:ARGUMENT]')
+  if not flags.FLAGS.workdir:
+    raise config.UserError('name a directory for the run with --workdir DIR')
+  resolved = config.resolve(flags.FLAGS.config)
+  from lmjax import train  # imports JAX, which a wrong config need not wait for
+
+  train.run(resolved, flags.FLAGS.workdir)
+
+
+if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
+  flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
+  config.run_command(main)

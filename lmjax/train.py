@@ -1,0 +1,280 @@
+"""Training: run() is the loop, make_step() the step, init_state() what they work on."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lmjax import config as config_lib
+from lmjax import experiment, generate, metrics, record, sharding
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import UserError
+from lmjax.data import loader
+from lmjax.evaluate import Evaluator, restore_params
+from lmjax.experiment import Experiment
+from lmjax.optimizer import averaged
+
+# What may differ when a run is taken up again: it changes no number that the run would reach.
+FREE = ('cache', 'checkpoint', 'evaluate', 'log', 'sharding')
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes; arrays only."""
+
+  step: jax.Array  # int32, updates made
+  params: Any
+  opt_state: Any
+  rng: jax.Array  # a key; the noise of a step is folded from it
+
+
+# --------------------------------------------------------------------------------------- the step
+
+
+def make_step(
+  parts: Experiment, transform: optax.GradientTransformation
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+  """step(state, batch) -> (state, numbers): one update, for every objective."""
+  model, micro_batches = parts.model, parts.config['micro_batches']
+  schedule = parts.optimizer.schedule_fn(parts.config['steps'])
+
+  def loss_fn(params, batch, rng, weights):
+    terms, numbers = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng})
+    loss = sum(term.total / weights[name] for name, term in terms.items())
+    return loss, (terms, numbers)
+
+  def gradients(params, batch, rng):
+    # Only the weights of this pass are used, so the compiler drops the rest of it.
+    terms, _ = model.apply({'params': params}, batch, train=False)
+    weights = {name: jnp.maximum(term.weight, 1e-6) for name, term in terms.items()}
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+      return grad_fn(params, batch, rng, weights)
+
+    def body(carry, part):
+      index, rows = part
+      return jax.tree.map(
+        jnp.add, carry, grad_fn(params, rows, jax.random.fold_in(rng, index), weights)
+      ), None
+
+    # Neighbouring rows go to different micro-batches, so that every device has a share of each.
+    split = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+    parts = (jnp.arange(micro_batches), jax.tree.map(split, batch))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, batch, rng, weights))
+    return jax.lax.scan(body, zeros, parts)[0]
+
+  def step(state, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+    grads, (terms, numbers) = gradients(state.params, batch, rng)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    optimizer = {'lr': schedule(state.step), 'grad_norm': optax.tree.norm(grads)}
+    result = {'terms': terms, 'metrics': numbers, 'optimizer': optimizer}
+    return TrainState(state.step + 1, params, opt_state, state.rng), result
+
+  return step
+
+
+def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransformation, Callable]:
+  """(shapes and places of the state, the optimizer's transform, what makes the state)."""
+  c = parts.config
+  boxed = parts.boxed_shapes()
+  transform = parts.optimizer.transform(sharding.axis_names(boxed), c['steps'])
+  batch = parts.abstract_batch()
+
+  def make() -> TrainState:
+    rng, params_rng = jax.random.split(jax.random.key(c['seed']))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    params = nn.unbox(parts.init_params(params_rng, zeros))
+    return TrainState(jnp.int32(0), params, transform.init(params), rng)
+
+  shapes = jax.eval_shape(make)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  places = jax.tree.map(lambda _: everywhere, shapes)
+  of_params = sharding.param_shardings(boxed, mesh, c['sharding']['strategy'])
+  # What the optimizer keeps for a parameter in its own shape lies where the parameter lies.
+  of_state = optax.tree.map_params(
+    transform,
+    lambda kept, param, place: place if kept.shape == param.shape else everywhere,
+    shapes.opt_state,
+    shapes.params,
+    of_params,
+    transform_non_params=lambda _: everywhere,
+  )
+  places = places.replace(params=of_params, opt_state=of_state)
+  struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(struct, shapes, places), transform, jax.jit(make, out_shardings=places)
+
+
+# --------------------------------------------------------------------------------------- the loop
+
+
+def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+  """Trains, evaluates and saves the experiment in `workdir`, or goes on with it.
+
+  Returns what result.json holds: step, parameters, metrics and, where asked for, a sample.
+
+  Raises:
+    UserError: a mistake in the config, or a workdir that holds another experiment.
+    NonFinite: the loss or gradient is no longer finite; the checkpoints before it are kept.
+  """
+  c = config_lib.resolve(config)
+  path = epath.Path(workdir).expanduser()
+  finished = _check_workdir(path, c)
+  if finished:
+    print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
+    return finished
+  parts = experiment.prepare(c)
+  mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
+  sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
+  _describe(parts, path)
+  jax.config.update('jax_compilation_cache_dir', str(epath.Path(c['cache']).expanduser() / 'xla'))
+  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    return _train(parts, mesh, path)
+
+
+def _train(parts: Experiment, mesh: Mesh, path: epath.Path) -> dict[str, Any]:
+  c, steps = parts.config, parts.config['steps']
+  like, transform, make_state = init_state(parts, mesh)
+  data = loader.Loader(parts.examples('train'), c['batch'], c['seed'])
+
+  def load(step):
+    batch = data.batch(step)
+    return loader.fingerprint(batch), parts.place(batch, mesh)
+
+  with contextlib.ExitStack() as stack:
+    keep = {key: c['checkpoint'][key] for key in ('keep_last', 'keep_every', 'keep_best')}
+    checkpoints = stack.enter_context(Checkpoints(path / 'checkpoints', **keep))
+    restored = checkpoints.restore(like)
+    start = restored[0] if restored else 0
+    state = restored[1] if restored else _warm_start(parts, mesh, make_state())
+    step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
+    log = stack.enter_context(metrics.Log(path, start, steps, c['log'], cost))
+    batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
+    evaluator = Evaluator(parts, mesh)
+
+    for step in range(start + 1, steps + 1):
+      with log.waiting():
+        fingerprint, batch = next(batches)
+      with jax.transfer_guard('disallow'):
+        state, numbers = step_fn(state, batch)
+      log.push(step, fingerprint, numbers)
+
+      evaluate, save = (
+        step == steps or step % c[what]['every'] == 0 for what in ('evaluate', 'checkpoint')
+      )
+      if evaluate or save:
+        log.flush()  # raises where the numbers are not finite: such a state is never saved
+        values = evaluator(_averaged(state)) if evaluate else {}
+        if evaluate:
+          log.write(step, values)
+        if save:
+          checkpoints.save(step, state, {'step': step}, values)
+        log.restart_clock()
+    checkpoints.wait()
+    return _finish(parts, path, state, values)
+
+
+def _averaged(state: TrainState) -> Any:
+  average = averaged(state.opt_state)
+  return state.params if average is None else average
+
+
+def _compile(parts: Experiment, step: Callable, like: TrainState, mesh: Mesh) -> tuple[Any, dict]:
+  """The compiled step, and what a step costs: tokens, floating-point work, peak of the devices."""
+  batch = parts.abstract_batch()
+  places = sharding.batch_shardings(batch, mesh, parts.config['sharding']['strategy'])
+  struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  began = time.perf_counter()
+  lowered = jax.jit(step, donate_argnums=0).lower(like, jax.tree.map(struct, batch, places))
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - began
+  apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
+  cost = {
+    'tokens': parts.config['batch'] * parts.config['length'],
+    'flops': 3 * metrics.matmul_flops(apply, like.params, batch),  # backward is twice forward
+    'peak': metrics.peak_flops() * jax.device_count(),
+  }
+  count = sum(x.size for x in jax.tree.leaves(like.params))
+  print(f'{count:,} parameters; compiled the step in {seconds:.1f} s', flush=True)
+  return compiled, cost
+
+
+def _warm_start(parts: Experiment, mesh: Mesh, state: TrainState) -> TrainState:
+  """The fresh state, with the parameters of another run where the config names one."""
+  source = parts.config['init_from']
+  if not source:
+    return state
+  other = experiment.open_run(source)
+  if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
+    raise UserError(f'init_from = {source} was trained with another tokenizer')
+  _, params = restore_params(other, source, mesh, like=jax.tree.map(_struct, state.params))
+  return state.replace(params=params)
+
+
+def _struct(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _finish(
+  parts: Experiment, path: epath.Path, state: TrainState, values: dict[str, float]
+) -> dict[str, Any]:
+  """Writes result.json, by which a run is known to be finished."""
+  result = {
+    'step': parts.config['steps'],
+    'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
+    'metrics': values,
+  }
+  prompt = parts.config['log']['sample']
+  if prompt:
+    result['sample'] = generate.continue_text(parts, _averaged(state), prompt)
+    print(f'\n{result["sample"]}\n')
+  metrics.write_json(path / 'result.json', result)
+  return result
+
+
+# -------------------------------------------------------------------------------------- the workdir
+
+
+def _check_workdir(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The result of a finished run; UserError where the directory cannot be this run's."""
+  if path.exists() and not path.is_dir():
+    raise UserError(f'{path} is a file, not a directory for a run')
+  if (path / 'config.json').exists():
+    there = json.loads((path / 'config.json').read_text())
+    changed = record.differences(there, config)
+    changed = {k: v for k, v in changed.items() if k.split('.')[0] not in FREE}
+    if changed:
+      what = '; '.join(f'{k} is {a!r} there and {b!r} here' for k, (a, b) in changed.items())
+      raise UserError(f'{path} holds another experiment ({what}): choose another workdir')
+  result = path / 'result.json'
+  return json.loads(result.read_text()) if result.exists() else None
+
+
+def _describe(parts: Experiment, path: epath.Path) -> None:
+  """Writes what the run is, or checks that the data are what they were."""
+  digests = {name: store.digest for name, store in parts.stores.items()}
+  digests['tokenizer'] = parts.tokenizer.fingerprint
+  if (path / 'record.json').exists():
+    there = json.loads((path / 'record.json').read_text())['data']
+    for name, (a, b) in record.differences(there, digests).items():
+      raise UserError(f'the data "{name}" changed since {path} was begun ({a}, now {b})')
+    return
+  devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    parts.tokenizer.save(path / 'tokenizer')
+    described = record.describe(digests, devices)
+    for name, value in (('record', described), ('config', parts.config)):
+      metrics.write_json(path / f'{name}.json', value)
+  except OSError as e:
+    raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e

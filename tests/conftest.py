@@ -1,0 +1,68 @@
+"""Strict numerics on eight CPU devices, and a small corpus with experiments on it."""
+
+import os
+
+# Before JAX is imported anywhere.  Programs of toys compile faster when XLA optimises little.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+os.environ.setdefault('TFDS_DATA_DIR', '/nonexistent')
+
+import pathlib
+import random
+
+import jax
+import pytest
+
+from lmjax import config, experiment
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+WORDS = (
+  'the a one this that river stone house light engine garden letter captain winter music table '
+  'walked carried opened found remembered asked wrote followed under over beside through quietly '
+  'slowly never always green heavy small old bright'
+).split()
+
+
+def documents(n: int, seed: int = 0) -> list[str]:
+  """Texts of 3 to 12 sentences of 3 to 9 words; some letters have accents."""
+  rng = random.Random(seed)
+  sentence = lambda: ' '.join(rng.choices(WORDS, k=rng.randint(3, 9))).capitalize() + '.'
+  return [' '.join(sentence() for _ in range(rng.randint(3, 12))) + ' Café.' for _ in range(n)]
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory) -> pathlib.Path:
+  """A directory with train.txt and valid.txt, one document a line, and a cache."""
+  root = tmp_path_factory.mktemp('corpus')
+  (root / 'train.txt').write_text('\n'.join(documents(60)), encoding='utf-8')
+  (root / 'valid.txt').write_text('\n'.join(documents(12, seed=1)), encoding='utf-8')
+  return root
+
+
+@pytest.fixture(scope='session')
+def tiny(corpus):
+  """tiny(objective='clm', **{'model.depth': 3}) -> a resolved config of a small experiment."""
+
+  def make(objective: str = 'clm', **overrides) -> dict:
+    c = config.base(objective=objective, tokenizer='bytes')
+    c.steps, c.batch, c.length = 6, 8, 48
+    c.cache = str(corpus / 'cache')
+    c.data.update(train=str(corpus / 'train.txt'), document='line')
+    c.data.eval = {'valid': str(corpus / 'valid.txt')}
+    c.model.update(depth=2, dim=16, heads=2)
+    c.optimizer.update(lr=1e-2, warmup_steps=2)
+    c.checkpoint.every, c.evaluate.every, c.log.every = 3, 3, 1
+    c.log.tensorboard = False
+    with c.unlocked():
+      c.update_from_flattened_dict(overrides)
+    return config.resolve(c)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def parts(tiny):
+  """parts(objective, **overrides) -> the Experiment of `tiny`."""
+  return lambda *args, **overrides: experiment.prepare(tiny(*args, **overrides))

@@ -1,0 +1,68 @@
+"""Nothing but the mathematics decides the curve: not devices, micro-batches, scan or remat."""
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax import sharding, train
+from lmjax.data import loader
+
+VARIANTS = {
+  'one device': (1, {}),
+  'eight devices': (8, {}),
+  'two micro-batches': (4, {'micro_batches': 2}),
+  'eight micro-batches': (1, {'micro_batches': 8}),
+  'unrolled': (1, {'model.scan': False}),
+  'remat full': (2, {'model.remat': 'full'}),
+  'remat dots, unrolled': (1, {'model.remat': 'dots', 'model.scan': False}),
+}
+OBJECTIVES = {
+  'clm': ('clm', {'objective.separate_documents': True, 'optimizer.clip': 0.5}),
+  'bert': ('mlm', {'objective.next_sentence': True, 'model.norm_position': 'post'}),
+}
+
+
+def curve(experiment, devices: int, steps: int = 4) -> np.ndarray:
+  """[steps, terms + 1]: every term's mean and the gradient norm."""
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  c = experiment.config
+  with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
+    _, transform, make_state = train.init_state(experiment, mesh)
+    state, step = make_state(), jax.jit(train.make_step(experiment, transform))
+    data, rows = loader.Loader(experiment.examples('train'), c['batch'], c['seed']), []
+    for i in range(steps):
+      state, numbers = step(state, experiment.place(data.batch(i), mesh))
+      numbers = jax.device_get(numbers)
+      means = [mean.compute() for mean in numbers['terms'].values()]
+      rows.append([*means, float(numbers['optimizer']['grad_norm'])])
+  return np.array(rows)
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_same_curve_everywhere(parts, name):
+  objective, own = OBJECTIVES[name]
+  curves = {
+    variant: curve(parts(objective, **own, **overrides), devices)
+    for variant, (devices, overrides) in VARIANTS.items()
+  }
+  expected = curves.pop('one device')
+  assert expected[-1, 0] < expected[0, 0]
+  for variant, got in curves.items():
+    np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=variant)
+
+
+def test_micro_batches_of_unequal_weight_are_not_averaged(parts):
+  """The mean of micro-batch means would differ: rows of a batch have different weights here."""
+  experiment = parts('mlm', **{'objective.next_sentence': True})
+  batch = loader.Loader(experiment.examples('train'), 8, 0).batch(0)
+  weights = batch['weights'].sum(axis=1)
+  assert weights.min() < weights.max()
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_dropout_is_the_same_on_any_mesh(parts, devices):
+  experiment = parts('clm', **{'model.dropout': 0.2, 'model.attention_dropout': 0.2})
+  plain = curve(parts('clm'), 1, steps=2)
+  dropped = curve(experiment, devices, steps=2)
+  assert not np.allclose(plain[1], dropped[1], rtol=1e-3)
+  np.testing.assert_allclose(dropped, curve(experiment, 2, steps=2), rtol=1e-5)
