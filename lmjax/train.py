@@ -15,13 +15,12 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, metrics, record, sharding
+from lmjax import experiment, generate, metrics, optimizer, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
 from lmjax.data import loader
 from lmjax.evaluate import Evaluator, restore_params
 from lmjax.experiment import Experiment
-from lmjax.optimizer import averaged
 
 # What may differ when a run is taken up again: it changes no number that the run would reach.
 FREE = ('cache', 'checkpoint', 'evaluate', 'log', 'sharding')
@@ -77,8 +76,8 @@ def make_step(
     grads, (terms, numbers) = gradients(state.params, batch, rng)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    optimizer = {'lr': schedule(state.step), 'grad_norm': optax.tree.norm(grads)}
-    result = {'terms': terms, 'metrics': numbers, 'optimizer': optimizer}
+    update = {'lr': schedule(state.step), 'grad_norm': optax.tree.norm(grads)}
+    result = {'terms': terms, 'metrics': numbers, 'optimizer': update}
     return TrainState(state.step + 1, params, opt_state, state.rng), result
 
   return step
@@ -101,15 +100,7 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   everywhere = NamedSharding(mesh, PartitionSpec())
   places = jax.tree.map(lambda _: everywhere, shapes)
   of_params = sharding.param_shardings(boxed, mesh, c['sharding']['strategy'])
-  # What the optimizer keeps for a parameter in its own shape lies where the parameter lies.
-  of_state = optax.tree.map_params(
-    transform,
-    lambda kept, param, place: place if kept.shape == param.shape else everywhere,
-    shapes.opt_state,
-    shapes.params,
-    of_params,
-    transform_non_params=lambda _: everywhere,
-  )
+  of_state = optimizer.shardings(shapes.opt_state, shapes.params, of_params, everywhere)
   places = places.replace(params=of_params, opt_state=of_state)
   struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(struct, shapes, places), transform, jax.jit(make, out_shardings=places)
@@ -185,7 +176,7 @@ def _train(parts: Experiment, mesh: Mesh, path: epath.Path) -> dict[str, Any]:
 
 
 def _averaged(state: TrainState) -> Any:
-  average = averaged(state.opt_state)
+  average = optimizer.averaged(state.opt_state)
   return state.params if average is None else average
 
 

@@ -81,7 +81,7 @@ def test_shapes_are_the_same_for_all_rows_and_types_are_narrow(parts, name):
 def test_evaluation_examples_are_fixed(parts, name):
   seeds = [make(parts, name, seed=seed).examples('valid') for seed in (0, 1)]
   indices = np.arange(min(map(len, seeds)))
-  first, second = (e(indices, epochs) for e, epochs in zip(seeds, (indices * 0, indices * 0 + 3)))
+  first, second = seeds[0](indices, indices * 0), seeds[1](indices, indices * 0 + 3)
   assert len(seeds[0]) == len(seeds[1])
   for key, value in first.items():
     np.testing.assert_array_equal(value, second[key], err_msg=key)

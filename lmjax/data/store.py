@@ -35,7 +35,7 @@ DOCUMENTS_PER_SHARD = 50_000
 LONGEST_SENTENCE = 10_000  # characters; text without an end of sentence is cut there
 
 # A sentence ends after . ! ? and what closes it, before white space and a capital, a digit or an
-# opening mark, or before a blank line.  White space goes with what follows it, as in subword tokens.
+# opening mark, or before a blank line.  White space goes with what follows, as in subword tokens.
 _END = re.compile(r'[.!?]["\')\]]*(?=\s+["\'(\[]?[A-Z0-9])|(?<=\S)(?=\s*\n\s*\n)')
 
 

@@ -1,7 +1,7 @@
 """Cores: linen Modules from embedded tokens to contextual vectors, which know no objective.
 
-A core is called as `core(x_BLD, mask, train, positions_BL=None, cache_length=0) -> x_BLD`.  It is
-found by its file's name, `transformer` is `transformer.Transformer`, and beside it is a table SIZES.
+It is called as `core(x_BLD, mask, train, positions_BL=None, cache_length=0) -> x_BLD`.  It is found
+by its file's name, `transformer` is `transformer.Transformer`, and beside it is a table SIZES.
 It has the attributes dim, depth, max_length, norm, norm_epsilon, bias, initializer and dtype, by
 which an objective makes embeddings and heads that match.
 """

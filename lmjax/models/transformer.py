@@ -71,8 +71,9 @@ class Block(nn.Module):
     h_BLD = part(h_BLD)
     h_BLD = norm('post')(h_BLD) if self.norm_position == 'both' else h_BLD
     h_BLD = nn.Dropout(self.dropout, deterministic=not train)(h_BLD)
-    x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
-    return norm('post')(x_BLD) if self.norm_position == 'post' else x_BLD
+    y_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
+    y_BLD = norm('post')(y_BLD) if self.norm_position == 'post' else y_BLD
+    return y_BLD.astype(x_BLD.dtype)
 
 
 class Transformer(nn.Module):

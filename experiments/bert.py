@@ -1,0 +1,31 @@
+"""BERT (Devlin et al., 2019): bert.py:tiny, mini, small, medium, base or large, on Wikipedia.
+
+python -m lmjax.main --config experiments/bert.py:base --workdir gs://BUCKET/bert_base
+
+Hardware: an accelerator with room for 256 x 512 tokens.  Time: not yet run.  Result: not yet run.
+The recipe is the paper's Appendix A.2 in one phase of 512 tokens; the small ones are those of Turc
+et al., 2019.  Pairs are drawn once and masks anew in every epoch.
+"""
+
+from lmjax import config
+
+# The paper's rate diverges for nobody but could be higher for small models.
+LEARNING_RATES = dict.fromkeys(('tiny', 'mini', 'small', 'medium', 'base', 'large'), 1e-4)
+VARIANTS = tuple(LEARNING_RATES)
+
+
+def get_config(size='base'):
+  c = config.base(objective='mlm', tokenizer='wordpiece')
+  c.steps, c.batch, c.length = 1_000_000, 256, 512
+  c.data.train = 'tfds:wikipedia/20230601.en#train[:99%]'
+  c.data.eval = {'wikipedia': 'tfds:wikipedia/20230601.en#train[99%:]'}
+  c.tokenizer.vocab_size = 30_522
+  c.objective.update(next_sentence=True, predictions=80)
+  c.model.update(size=f'bert_{size}', dtype='bfloat16', initializer='bert', ffn='gelu')
+  c.model.update(norm_position='post', norm_epsilon=1e-12, embed_norm=True)
+  c.model.update(dropout=0.1, attention_dropout=0.1)
+  c.optimizer.lr = config.choose(size, LEARNING_RATES)
+  c.optimizer.update(schedule='linear', warmup_steps=10_000, weight_decay=0.01, clip=1.0, eps=1e-6)
+  c.evaluate.update(every=10_000, batches=20)
+  c.checkpoint.update(every=5000, keep_every=100_000)
+  return c
