@@ -294,12 +294,13 @@ def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrid
 # ------------------------------------------------------------------------------- the command line
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], argv: list[str] | None = None) -> None:
   """Parses the flags and runs `main`; an exception that knows its exit code becomes a sentence."""
-  if {'-h', '--help', '--helpshort'} & set(sys.argv[1:]):
+  argv = argv or sys.argv
+  if {'-h', '--help', '--helpshort'} & set(argv):
     app.usage(shorthelp=True, exitcode=0)
   try:
-    parse_flags(sys.argv)
+    parse_flags(argv)
     main()
   except Exception as e:
     if not hasattr(e, 'exit_code'):

@@ -204,7 +204,7 @@ class MaskedLM(nn.Module):
     init, dtype = layers.Initializers(core.initializer, core.depth), jnp.dtype(core.dtype)
     d = core.dim
     self.embed = layers.Embed(self.vocab_size, d, ('vocab', 'embed'), init)
-    self.transform = layers.Einsum('BKD,DE->BKE', (d, d), ('embed', 'mlp'), init, dtype=dtype)
+    self.transform = layers.Linear((d,), (d,), ('embed', 'mlp'), init, dtype=dtype)
     self.transform_norm = layers.norm(core.norm, core.norm_epsilon, core.bias)
     self.head = heads.TokenHead(self.vocab_size, o.tied, True, init, dtype)
     if o.pairs:

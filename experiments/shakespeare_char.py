@@ -1,0 +1,47 @@
+"""The characters of Shakespeare: the twin of nanoGPT's train_shakespeare_char and two more.
+
+python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp/lmjax/shakespeare --config.data.train='input.txt#[:90%]' --config.data.eval.validation='input.txt#[90%:]'
+
+`gpu` and `cpu` have the sizes, batches, schedules and dropout of nanoGPT's two published settings;
+`cpu_best` is a recipe of our own for as much time as the second takes.  input.txt is Karpathy's
+"tiny Shakespeare" (1,115,394 characters).
+
+Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
+"""
+
+from lmjax import config
+
+VARIANTS = ('gpu', 'cpu', 'cpu_best')
+
+
+def get_config(variant='gpu'):
+  c = config.base(objective='clm', tokenizer='characters')
+  c.data.train, c.data.eval = 'input.txt#[:90%]', {'validation': 'input.txt#[90%:]'}
+  config.choose(variant, {'gpu': gpu, 'cpu': cpu, 'cpu_best': cpu_best})(c)
+  return c
+
+
+def gpu(c):
+  c.steps, c.batch, c.length = 5000, 64, 256
+  c.model.update(depth=6, dim=384, heads=6, dropout=0.2, attention_dropout=0.2, bias=False)
+  c.model.update(ffn='gelu', dtype='bfloat16')
+  c.optimizer.update(lr=1e-3, warmup_steps=100, final_lr=0.1, b2=0.99, weight_decay=0.1, clip=1.0)
+  c.evaluate.every = 250
+  c.checkpoint.update(every=250, keep_best='eval/validation/loss')
+
+
+def cpu(c):
+  gpu(c)
+  c.steps, c.batch, c.length = 2000, 12, 64
+  c.model.update(depth=4, dim=128, heads=4, dropout=0.0, attention_dropout=0.0)
+  c.model.update(dtype='float32', scan=False)
+  c.evaluate.update(every=2000)
+  c.checkpoint.every = 2000
+  c.log.every = 100
+
+
+def cpu_best(c):
+  cpu(c)
+  c.model.positions = 'rotary'
+  c.optimizer.update(name='muon', lr=2e-2, warmup_steps=50, final_lr=0.0)
+  c.optimizer.args = {'adam_learning_rate': 5e-3}

@@ -1,0 +1,114 @@
+"""batch(step) is a function of the step; every example comes once an epoch."""
+
+import time
+
+import numpy as np
+import pytest
+
+from lmjax.data import corrupt, loader
+
+
+class Numbers:
+  """Examples that say what they are."""
+
+  def __init__(self, n: int):
+    self.n = n
+
+  def __len__(self) -> int:
+    return self.n
+
+  def __call__(self, indices, epochs):
+    return {'index': indices.copy(), 'epoch': epochs, 'weights': np.ones(len(indices), np.float32)}
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7, 64, 65, 1000, 4097])
+def test_permutation_is_one(n):
+  seeds = np.full(n, 5, np.uint64)
+  got = loader.permute(np.arange(n), n, seeds)
+  assert sorted(got.tolist()) == list(range(n))
+
+
+def test_permutation_leaves_no_order():
+  n = 10_000
+  got = loader.permute(np.arange(n), n, np.zeros(n, np.uint64))
+  assert abs(np.corrcoef(got, np.arange(n))[0, 1]) < 0.04
+  assert abs(np.corrcoef(got[1:], got[:-1])[0, 1]) < 0.04
+  assert (np.diff(got) == 1).sum() < 10
+
+
+@pytest.mark.parametrize('batch', [1, 4, 7, 30])
+def test_every_example_once_an_epoch(batch):
+  n, epochs = 21, 4
+  data = loader.Loader(Numbers(n), batch, seed=3)
+  steps = -(-n * epochs // batch)
+  rows = [data.batch(step) for step in range(steps)]
+  index = np.concatenate([r['index'] for r in rows])[: n * epochs].reshape(epochs, n)
+  epoch = np.concatenate([r['epoch'] for r in rows])[: n * epochs].reshape(epochs, n)
+  for e in range(epochs):
+    assert sorted(index[e].tolist()) == list(range(n))
+    assert (epoch[e] == e).all()
+  assert not np.array_equal(index[0], index[1])
+
+
+def test_batches_do_not_depend_on_what_was_read_before():
+  data = loader.Loader(Numbers(50), 8, seed=1)
+  forwards = [data.batch(step)['index'].tolist() for step in range(12)]
+  backwards = [data.batch(step)['index'].tolist() for step in reversed(range(12))]
+  assert forwards == backwards[::-1]
+  assert forwards != [loader.Loader(Numbers(50), 8, 2).batch(s)['index'].tolist() for s in range(12)]
+
+
+@pytest.mark.parametrize(('n', 'batch'), [(5, 4), (8, 4), (3, 8)])
+def test_evaluation_counts_every_example_once(n, batch):
+  seen = []
+  for rows in loader.eval_batches(Numbers(n), batch):
+    assert len(rows['index']) == batch
+    seen += rows['index'][rows['weights'] > 0].tolist()
+  assert seen == list(range(n))
+  assert len(list(loader.eval_batches(Numbers(n), batch, limit=1))) == 1
+
+
+def test_fingerprint_adds_up_over_hosts_and_notices_everything():
+  rng = np.random.default_rng(0)
+  batch = {'a': rng.integers(0, 9, (8, 5)), 'b': rng.random((8, 3)).astype(np.float32)}
+  whole = loader.fingerprint(batch)
+  halves = [{k: v[s] for k, v in batch.items()} for s in (slice(0, 4), slice(4, 8))]
+  parts = [loader.fingerprint(h, first) for h, first in zip(halves, (0, 4), strict=True)]
+  assert sum(parts) % (1 << 64) == whole
+  for key in batch:
+    other = {k: v.copy() for k, v in batch.items()}
+    other[key][3, 2] += 1
+    assert loader.fingerprint(other) != whole
+  swapped = {k: v[[1, 0, *range(2, 8)]] for k, v in batch.items()}
+  assert loader.fingerprint(swapped) != whole
+
+
+def test_prefetch_runs_ahead_keeps_order_and_passes_errors_on():
+  def make(step):
+    if step == 5:
+      raise KeyError('five')
+    return step
+
+  got = []
+  with pytest.raises(KeyError, match='five'):
+    for item in loader.prefetch(make, 0, 10):
+      got.append(item)
+  assert got == [0, 1, 2, 3, 4]
+
+
+def test_prefetch_ends_its_thread_when_left():
+  made = []
+  batches = loader.prefetch(lambda step: made.append(step) or step, 0, 10**9)
+  assert next(batches) == 0
+  batches.close()
+  count = len(made)
+  time.sleep(0.3)
+  assert len(made) == count
+
+
+def test_keys_differ_in_every_part():
+  places = np.arange(100)
+  a = corrupt.keys(0, places, places * 0)
+  b = corrupt.keys(0, places, places * 0 + 1)
+  c = corrupt.keys(1, places, places * 0)
+  assert len({*a.tolist(), *b.tolist(), *c.tolist()}) == 300

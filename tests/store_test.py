@@ -1,0 +1,121 @@
+"""The token store: lossless, reusable, resumable, and particular about its tokenizer."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from lmjax.config import UserError
+from lmjax.data import sources, store, tokenizer
+
+BYTES = tokenizer.get('bytes', ())
+
+
+@pytest.fixture
+def source(corpus):
+  return sources.open_source(str(corpus / 'train.txt'), document='line')
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'One.',
+    'One. Two! "Three?" (Four.) Five',
+    'No end and no capital. but more',
+    'Title\n\nA paragraph.\n\n\n  Another one... And on.',
+    'x' * 25_000,
+    'Ünï. Çödé! ' * 50,
+  ],
+)
+def test_sentences_are_the_text_cut_up(text):
+  cut = store.split_sentences(text)
+  assert ''.join(cut) == text
+  assert all(0 < len(s) <= store.LONGEST_SENTENCE for s in cut)
+
+
+def test_sentences_end_where_people_end_them():
+  cut = store.split_sentences('It is 3.5 m. "Really?" he asked. Yes (it is.) Good.\n\nnew part')
+  assert [s.strip() for s in cut] == [
+    'It is 3.5 m.',
+    '"Really?" he asked.',
+    'Yes (it is.)',
+    'Good.',
+    'new part',
+  ]
+
+
+def test_a_store_holds_the_documents(source, tmp_path):
+  built = store.build(source, BYTES, str(tmp_path))
+  assert built.num_documents == len(source)
+  for i in range(len(source)):
+    start, stop = built.documents[i : i + 2]
+    ids = built.read(start, stop)
+    assert ids[-1] == BYTES.eos
+    assert BYTES.decode(ids[:-1].tolist()) == source[i]
+  assert built.num_bytes == sum(len(source[i].encode()) for i in range(len(source)))
+  assert set(built.documents[:-1]) <= set(built.sentences)
+  memory = store.from_documents([source[i] for i in range(len(source))], BYTES)
+  np.testing.assert_array_equal(memory.read(0, len(memory)), built.read(0, len(built)))
+  np.testing.assert_array_equal(memory.sentences, built.sentences)
+
+
+def test_reads_cross_shards(source, tmp_path):
+  built = store.build(source, BYTES, str(tmp_path))
+  assert len(built.shards) == 8
+  whole = np.concatenate(built.shards)
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    start, stop = sorted(rng.integers(0, len(whole) + 1, 2))
+    if start < stop:
+      np.testing.assert_array_equal(built.read(start, stop), whole[start:stop])
+
+
+def test_a_second_build_reads_nothing(source, tmp_path):
+  first = store.build(source, BYTES, str(tmp_path))
+
+  class Unreadable:
+    fingerprint, spec = source.fingerprint, source.spec
+
+  assert store.build(Unreadable(), BYTES, str(tmp_path)).digest == first.digest
+
+
+def test_an_interrupted_build_goes_on(source, tmp_path):
+  whole = store.build(source, BYTES, str(tmp_path / 'whole'))
+  path = store.build(source, BYTES, str(tmp_path / 'cut')).path
+  from etils import epath
+
+  directory = epath.Path(path)
+  (directory / 'store.json').unlink()
+  kept = (directory / 'shard-00003' / 'tokens.npy').stat().mtime
+  shutil.rmtree(str(directory / 'shard-00005'))
+  again = store.build(source, BYTES, str(tmp_path / 'cut'))
+  assert again.digest == whole.digest
+  assert (directory / 'shard-00003' / 'tokens.npy').stat().mtime == kept
+
+
+def test_a_store_of_another_tokenizer_is_refused(source, tmp_path):
+  path = store.build(source, BYTES, str(tmp_path)).path
+  other = tokenizer.get('characters', ['abc'])
+  with pytest.raises(UserError, match='another tokenizer'):
+    store.open_store(path, other)
+  with pytest.raises(UserError, match='no finished token store'):
+    store.open_store(str(tmp_path), BYTES)
+
+
+def test_digest_is_of_the_content(source, tmp_path):
+  @dataclasses.dataclass
+  class Changed:
+    spec: str = 'changed'
+    fingerprint: str = 'changed'
+
+    def __len__(self):
+      return len(source)
+
+    def __getitem__(self, i):
+      return source[i] if i else 'x' + source[i]
+
+  texts = lambda s: [s[i] for i in range(len(s))]
+  digests = {store.from_documents(texts(s), BYTES).digest for s in (source, Changed())}
+  assert len(digests) == 2

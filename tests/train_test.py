@@ -1,0 +1,292 @@
+"""Runs from beginning to end: what they write, and that they resume exactly."""
+
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax import config, evaluate, experiment, metrics, optimizer, record, sharding, train
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import UserError
+
+
+def lines(workdir, name) -> list[dict]:
+  return [json.loads(line) for line in (workdir / f'{name}.jsonl').read_text().splitlines()]
+
+
+def final_state(workdir) -> dict[str, np.ndarray]:
+  """Every array of the newest checkpoint, by path."""
+  parts = experiment.open_run(str(workdir))
+  parts = experiment.prepare(parts.config)
+  mesh = sharding.make_mesh()
+  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+    _, state, _ = checkpoints.restore(train.init_state(parts, mesh)[0])
+  state = state.replace(rng=jax.random.key_data(state.rng))
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def assert_same_run(a, b):
+  for name in ('ledger', 'metrics'):
+    timeless = [
+      [{k: v for k, v in line.items() if not k.startswith('perf/')} for line in lines(w, name)]
+      for w in (a, b)
+    ]
+    assert timeless[0] == timeless[1], name
+  first, second = final_state(a), final_state(b)
+  for path, value in first.items():
+    np.testing.assert_array_equal(value, second[path], err_msg=path)
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  c = tiny('clm', **{'model.dropout': 0.1, 'log.sample': 'The', 'log.tensorboard': True})
+  return workdir, c, train.run(c, str(workdir))
+
+
+def test_a_run_writes_what_it_promises(finished):
+  workdir, c, result = finished
+  assert json.loads((workdir / 'config.json').read_text()) == c
+  assert json.loads((workdir / 'result.json').read_text()) == result
+  assert [line['step'] for line in lines(workdir, 'ledger')] == list(range(1, 7))
+  written = lines(workdir, 'metrics')
+  trained = [line for line in written if 'train/loss' in line]
+  assert [line['step'] for line in trained] == list(range(1, 7))
+  for key in ('train/clm', 'train/accuracy', 'optimizer/lr', 'optimizer/grad_norm'):
+    assert key in trained[0]
+  for key in ('perf/tokens_per_second', 'perf/mfu', 'perf/data_wait'):
+    assert trained[0][key] >= 0
+  assert trained[0]['optimizer/lr'] == pytest.approx(5e-3)
+  evaluated = [line for line in written if 'eval/valid/loss' in line]
+  assert [line['step'] for line in evaluated] == [3, 6]
+  assert evaluated[-1].items() >= result['metrics'].items()
+  assert list(workdir.glob('events.out.tfevents*'))
+  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['3', '6']
+  assert result['sample'].startswith('The')
+  assert result['parameters'] == 12_608
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+  workdir, c, result = finished
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  assert train.run(c, str(workdir)) == result
+  assert 'finished' in capsys.readouterr().out
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
+
+
+def test_another_experiment_is_refused_and_cadences_are_free(finished, tiny):
+  workdir, c, result = finished
+  other = {**c, 'optimizer': {**c['optimizer'], 'lr': 0.5}}
+  with pytest.raises(UserError, match=r'optimizer.lr is 0.01 there and 0.5 here'):
+    train.run(other, str(workdir))
+  assert train.run({**c, 'log': {**c['log'], 'every': 2}}, str(workdir)) == result
+
+
+def test_evaluate_says_what_the_run_said(finished):
+  workdir, _, result = finished
+  values = evaluate.run(str(workdir))
+  assert values.pop('step') == 6
+  assert values == pytest.approx(result['metrics'], rel=1e-6)
+  assert json.loads((workdir / 'eval_6.json').read_text())['step'] == 6
+  assert evaluate.run(str(workdir), step=3)['eval/valid/loss'] != values['eval/valid/loss']
+  with pytest.raises(UserError, match='4'):
+    evaluate.run(str(workdir), step=4)
+
+
+def test_bits_per_byte_are_of_the_original_text(finished, tiny):
+  """The sum of all nats, over the bytes of the text and ln 2, whatever the tokens are."""
+  workdir, c, result = finished
+  numbers = result['metrics']
+  text = pathlib.Path(c['data']['eval']['valid']).read_text(encoding='utf-8')
+  documents = text.split('\n')
+  size = sum(len(d.encode()) for d in documents)
+  tokens = size + len(documents)  # bytes, and an end for each document
+  nats = numbers['eval/valid/xent'] * tokens
+  assert numbers['eval/valid/bits_per_byte'] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+  assert numbers['eval/valid/perplexity'] == pytest.approx(math.exp(numbers['eval/valid/xent']))
+
+
+class Killed(BaseException):
+  pass
+
+
+@pytest.mark.parametrize('at', [2, 4, 5])
+@pytest.mark.parametrize(
+  'objective', [('clm', {'model.dropout': 0.1}), ('mlm', {'objective.next_sentence': True})]
+)
+def test_resume_is_exact(tiny, tmp_path, monkeypatch, objective, at):
+  name, overrides = objective
+  c = tiny(name, **overrides, **{'optimizer.ema': 0.9})
+  train.run(c, str(tmp_path / 'straight'))
+  push = metrics.Log.push
+
+  def killed(self, step, *args):
+    push(self, step, *args)
+    if step == at:
+      raise Killed
+
+  monkeypatch.setattr(metrics.Log, 'push', killed)
+  with pytest.raises(Killed):
+    train.run(c, str(tmp_path / 'broken'))
+  monkeypatch.undo()
+  # What a killed process was writing:
+  with (tmp_path / 'broken' / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 9, "train/lo')
+  train.run(c, str(tmp_path / 'broken'))
+  assert_same_run(tmp_path / 'straight', tmp_path / 'broken')
+
+
+def test_kill_9_and_the_same_command_again(tiny, tmp_path):
+  c = tiny('clm', steps=400, **{'checkpoint.every': 20, 'evaluate.every': 400, 'log.every': 5})
+  file = tmp_path / 'experiment.py'
+  file.write_text(
+    'import json\nfrom ml_collections import ConfigDict\n'
+    f'def get_config():\n  return ConfigDict(json.loads({json.dumps(c)!r}))\n'
+  )
+  command = [sys.executable, '-m', 'lmjax.main', f'--config={file}', '--workdir']
+  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  subprocess.run([*command, str(straight)], check=True, capture_output=True, timeout=300)
+  process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL)
+  while not (broken / 'checkpoints' / '40').exists():
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (broken / 'result.json').exists()
+  subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=300)
+  assert_same_run(straight, broken)
+
+
+def test_resume_on_another_mesh_sees_the_same_batches(tiny, tmp_path, monkeypatch):
+  c = tiny('clm')
+  train.run(c, str(tmp_path / 'straight'))
+  one = sharding.make_mesh(jax.devices()[:1])
+  monkeypatch.setattr(train, 'metrics', metrics)
+  push = metrics.Log.push
+
+  def killed(self, step, *args):
+    push(self, step, *args)
+    if step == 4:
+      raise Killed
+
+  monkeypatch.setattr(metrics.Log, 'push', killed)
+  with pytest.raises(Killed):
+    train.run(c, str(tmp_path / 'moved'))
+  monkeypatch.undo()
+  monkeypatch.setattr(sharding, 'make_mesh', lambda: one)
+  train.run(c, str(tmp_path / 'moved'))
+  first, second = (lines(tmp_path / run, 'ledger') for run in ('straight', 'moved'))
+  assert first == second
+  losses = [
+    [line['train/loss'] for line in lines(tmp_path / run, 'metrics') if 'train/loss' in line]
+    for run in ('straight', 'moved')
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_data_that_changed_are_refused(tiny, tmp_path, corpus):
+  data = tmp_path / 'train.txt'
+  data.write_text((corpus / 'train.txt').read_text())
+  c = tiny('clm', **{'data.train': str(data), 'checkpoint.every': 3, 'steps': 3})
+  train.run(c, str(tmp_path / 'run'))
+  (tmp_path / 'run' / 'result.json').unlink()
+  data.write_text('Other text. ' * 40 + '\n' + data.read_text())
+  with pytest.raises(UserError, match='data "train" changed'):
+    train.run(c, str(tmp_path / 'run'))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
+  c = tiny('clm', steps=60, **{'optimizer.name': 'sgd', 'optimizer.lr': 1e30, 'log.every': 2})
+  with pytest.raises(metrics.NonFinite, match=r'step \d+: the loss is .* the losses before it were'):
+    train.run(c, str(tmp_path / 'run'))
+  assert metrics.NonFinite.exit_code == 70
+  saved = [int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
+  for line in lines(tmp_path / 'run', 'metrics'):
+    assert math.isfinite(line.get('train/loss', 0))
+  assert not saved or max(saved) <= lines(tmp_path / 'run', 'metrics')[-1]['step']
+
+
+def test_warm_start_takes_the_parameters(finished, tiny, tmp_path):
+  workdir, _, result = finished
+  c = tiny('clm', init_from=str(workdir), steps=3, **{'optimizer.lr': 1e-9})
+  warm = train.run(c, str(tmp_path / 'warm'))
+  loss = 'eval/valid/loss'
+  assert warm['metrics'][loss] == pytest.approx(result['metrics'][loss], rel=1e-4)
+  wider = tiny('clm', init_from=str(workdir), **{'model.dim': 32})
+  with pytest.raises(UserError, match='does not fit'):
+    train.run(wider, str(tmp_path / 'wide'))
+  with pytest.raises(UserError, match='no run in'):
+    train.run(tiny('clm', init_from=str(tmp_path / 'none')), str(tmp_path / 'none2'))
+
+
+def test_average_of_parameters_is_what_is_evaluated(tiny, tmp_path):
+  c = tiny('clm', **{'optimizer.ema': 0.99, 'optimizer.lr': 0.03})
+  result = train.run(c, str(tmp_path / 'run'))
+  plain = train.run(tiny('clm', **{'optimizer.lr': 0.03}), str(tmp_path / 'plain'))
+  loss = 'eval/valid/loss'
+  assert abs(result['metrics'][loss] - plain['metrics'][loss]) > 1e-3
+  assert evaluate.run(str(tmp_path / 'run'))[loss] == pytest.approx(result['metrics'][loss])
+
+
+@pytest.mark.parametrize('name', ['adam', 'sgd', 'adamw', 'lamb', 'lion', 'adafactor', 'muon'])
+def test_every_optimizer_trains_and_resumes(tiny, tmp_path, name):
+  rate = {'sgd': 1.0, 'lion': 3e-3, 'adafactor': 0.1}.get(name, 0.02)
+  c = tiny('clm', steps=20, **{'optimizer.name': name, 'optimizer.lr': rate, 'evaluate.every': 20})
+  train.run(c, str(tmp_path))
+  losses = [line['train/loss'] for line in lines(tmp_path, 'metrics') if 'train/loss' in line]
+  assert losses[-1] < 0.93 * losses[0], losses
+  (tmp_path / 'result.json').unlink()
+  train.run(c, str(tmp_path))  # from the last checkpoint: nothing is left to do but to evaluate
+
+
+def test_diff_names_the_cause_first(finished, tiny, tmp_path):
+  workdir, c, _ = finished
+  assert list(record.diff(str(workdir), str(workdir))) == []
+  train.run({**c, 'seed': 1}, str(tmp_path / 'other'))
+  said = list(record.diff(str(workdir), str(tmp_path / 'other')))
+  assert said[0] == 'config: seed: 0 | 1'
+  assert any(line.startswith('data: first differs at step 1') for line in said)
+  assert any(line.startswith('loss: first differs at step 1') for line in said)
+
+
+def test_best_checkpoint_is_kept(tiny, tmp_path):
+  c = tiny(
+    'clm',
+    steps=10,
+    **{
+      'checkpoint.every': 2,
+      'evaluate.every': 2,
+      'checkpoint.keep_last': 1,
+      'checkpoint.keep_best': 'eval/valid/loss',
+      'optimizer.lr': 0.3,
+      'optimizer.schedule': 'constant',
+    },
+  )
+  train.run(c, str(tmp_path / 'run'))
+  losses = {x['step']: x['eval/valid/loss'] for x in lines(tmp_path / 'run', 'metrics') if 'eval/valid/loss' in x}
+  best = min(losses, key=losses.__getitem__)
+  saved = {int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  assert saved == {best, 10}
+
+
+def test_state_lies_where_the_rules_say(parts):
+  mesh = sharding.make_mesh()
+  for name in ('adamw', 'adafactor', 'muon'):
+    like, _, make = train.init_state(parts('clm', **{'optimizer.name': name}), mesh)
+    state = make()
+    for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
+      assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+  assert optimizer.averaged(state.opt_state) is None
+
+
+def test_config_in_json_survives_the_round_trip(tiny):
+  c = tiny('mlm')
+  assert config.resolve(json.loads(json.dumps(c))) == c
