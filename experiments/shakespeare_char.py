@@ -1,10 +1,11 @@
 """The characters of Shakespeare: the twin of nanoGPT's train_shakespeare_char and two more.
 
-python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp/lmjax/shakespeare --config.data.train='input.txt#[:90%]' --config.data.eval.validation='input.txt#[90%:]'
+python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp/lmjax/shakespeare
 
 `gpu` and `cpu` have the sizes, batches, schedules and dropout of nanoGPT's two published settings;
-`cpu_best` is a recipe of our own for as much time as the second takes.  input.txt is Karpathy's
-"tiny Shakespeare" (1,115,394 characters).
+`cpu_best` is a recipe of our own for as much time as the second takes.  The text is Karpathy's tiny
+Shakespeare (1,115,394 characters) in ./input.txt; if it lies elsewhere, set data.train to
+'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to 'ELSEWHERE/input.txt#[90%:]'.
 
 Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
 """

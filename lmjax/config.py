@@ -6,7 +6,6 @@ defaults from its source text without importing it, so that loading an experimen
 sweep imports no JAX and touches no device.
 """
 
-import ast
 import difflib
 import functools
 import importlib.util
@@ -20,6 +19,8 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_dict, config_flags
+
+from lmjax import schema
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
 AT_LEAST_ONE = (
@@ -94,59 +95,13 @@ def choose(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _section(kind: str, name: str) -> ConfigDict:
-  known = schemas(kind)
+  known = schema.knobs(kind)
   if kind != 'optimizer' and name not in known:
     raise UserError(f'there is no {kind} "{name}"{did_you_mean(name, known)}')
   section = ConfigDict({'name': name})
   for key, (type_, default) in known[name].items():
     section[key] = config_dict.placeholder(type_) if default is None else default
   return section
-
-
-# -------------------------------------------------- the knobs of a room, read from its source text
-
-Knobs = Mapping[str, tuple[type, Any]]  # key -> (type, default); a default of None: not set
-
-
-@functools.cache
-def schemas(kind: str) -> Mapping[str, Knobs]:
-  """name -> knobs of everything that can be chosen as `kind`: found by file or function name."""
-  root = pathlib.Path(__file__).parent
-  if kind == 'tokenizer':
-    functions = [n for n in _body(root / 'data/tokenizer.py') if isinstance(n, ast.FunctionDef)]
-    kinds = [f for f in functions if f.args.args[:1] and f.args.args[0].arg == 'texts']
-    return {f.name.strip('_'): _arguments(f) for f in kinds if not f.name.startswith('_')}
-  if kind == 'optimizer':
-    return {'adamw': _attributes(root / 'optimizer.py', 'Optimizer')}
-  files = sorted((root / f'{kind}s').glob('[a-z]*.py'))
-  if kind == 'objective':
-    return {p.stem: _attributes(p, 'Objective') for p in files}
-  cores = [p for p in files if 'SIZES' in p.read_text(encoding='utf-8')]
-  return {p.stem: _attributes(p, p.stem.title()) for p in cores}
-
-
-def _body(path: pathlib.Path) -> list[ast.stmt]:
-  return ast.parse(path.read_text(encoding='utf-8')).body
-
-
-def _arguments(function: ast.FunctionDef) -> Knobs:
-  pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-  return {arg.arg: _knob(arg.annotation, default) for arg, default in pairs}
-
-
-def _attributes(path: pathlib.Path, class_name: str) -> Knobs:
-  classes = [n for n in _body(path) if isinstance(n, ast.ClassDef) and n.name == class_name]
-  nodes = [n for c in classes for n in c.body if isinstance(n, ast.AnnAssign)]
-  fields = [n for n in nodes if not ast.unparse(n.annotation).startswith('ClassVar')]
-  return {n.target.id: _knob(n.annotation, n.value) for n in fields if n.target.id != 'name'}
-
-
-def _knob(annotation: ast.expr, default: ast.expr | None) -> tuple[type, Any]:
-  types = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': ConfigDict}
-  type_ = types[ast.unparse(annotation).removesuffix(' | None').split('[')[0]]
-  if type_ is ConfigDict:
-    return type_, ConfigDict()
-  return type_, default and ast.literal_eval(default)
 
 
 # ------------------------------------------------------------------- from the outside to a config

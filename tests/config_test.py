@@ -7,6 +7,7 @@ from lmjax.config import UserError
 from lmjax.optimizer import Optimizer
 
 QUICK = 'experiments/quickstart.py'
+BASE = 'from lmjax import config\ndef get_config():\n  c = config.base()\n'
 
 
 def leaves(tree, prefix=''):
@@ -144,11 +145,11 @@ def test_mistakes_on_the_command_line(spec, overrides, said):
     ('def get_config():\n  return 1 / 0', 'line 2: ZeroDivisionError'),
     ('def get_config():\n  return {}', 'not a ConfigDict'),
     (
-      'from lmjax import config\ndef get_config():\n  c = config.base()\n  c.optimzer = 3\n  return c',
+      BASE + '  c.optimzer = 3\n  return c',
       'line 4: AttributeError',
     ),
     (
-      'from lmjax import config\ndef get_config():\n  c = config.base()\n  c.model.dim = "x"\n  return c',
+      BASE + '  c.model.dim = "x"\n  return c',
       'line 4: TypeError',
     ),
   ],

@@ -1,4 +1,4 @@
-"""Every experiment loads, says how it is run, fits together and compiles; sweeps sweep real keys."""
+"""Every experiment loads, says how it is run, fits together and compiles; sweeps name real keys."""
 
 import ast
 import importlib.util
@@ -40,7 +40,9 @@ def compiled(spec: str, **overrides):
   c = config.resolve(config.load(spec, overrides))
   parts = experiment.sketch(c)
   mesh = sharding.make_mesh()
-  sharding.check_batch(c['batch'], c['micro_batches'], sharding.make_mesh(jax.devices()[:4]), 'replicate')
+  sharding.check_batch(
+    c['batch'], c['micro_batches'], sharding.make_mesh(jax.devices()[:4]), 'replicate'
+  )
   with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
     like, transform, _ = train.init_state(parts, mesh)
     step = jax.jit(train.make_step(parts, transform), donate_argnums=0)

@@ -55,7 +55,9 @@ def test_batches_do_not_depend_on_what_was_read_before():
   forwards = [data.batch(step)['index'].tolist() for step in range(12)]
   backwards = [data.batch(step)['index'].tolist() for step in reversed(range(12))]
   assert forwards == backwards[::-1]
-  assert forwards != [loader.Loader(Numbers(50), 8, 2).batch(s)['index'].tolist() for s in range(12)]
+  assert forwards != [
+    loader.Loader(Numbers(50), 8, 2).batch(s)['index'].tolist() for s in range(12)
+  ]
 
 
 @pytest.mark.parametrize(('n', 'batch'), [(5, 4), (8, 4), (3, 8)])
@@ -89,11 +91,10 @@ def test_prefetch_runs_ahead_keeps_order_and_passes_errors_on():
       raise KeyError('five')
     return step
 
-  got = []
+  batches = loader.prefetch(make, 0, 10)
+  assert [next(batches) for _ in range(5)] == [0, 1, 2, 3, 4]
   with pytest.raises(KeyError, match='five'):
-    for item in loader.prefetch(make, 0, 10):
-      got.append(item)
-  assert got == [0, 1, 2, 3, 4]
+    next(batches)
 
 
 def test_prefetch_ends_its_thread_when_left():

@@ -101,9 +101,9 @@ def test_evaluate_says_what_the_run_said(finished):
     evaluate.run(str(workdir), step=4)
 
 
-def test_bits_per_byte_are_of_the_original_text(finished, tiny):
+def test_bits_per_byte_are_of_the_original_text(finished):
   """The sum of all nats, over the bytes of the text and ln 2, whatever the tokens are."""
-  workdir, c, result = finished
+  _, c, result = finished
   numbers = result['metrics']
   text = pathlib.Path(c['data']['eval']['valid']).read_text(encoding='utf-8')
   documents = text.split('\n')
@@ -205,7 +205,9 @@ def test_data_that_changed_are_refused(tiny, tmp_path, corpus):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
   c = tiny('clm', steps=60, **{'optimizer.name': 'sgd', 'optimizer.lr': 1e30, 'log.every': 2})
-  with pytest.raises(metrics.NonFinite, match=r'step \d+: the loss is .* the losses before it were'):
+  with pytest.raises(
+    metrics.NonFinite, match=r'step \d+: the loss is .* the losses before it were'
+  ):
     train.run(c, str(tmp_path / 'run'))
   assert metrics.NonFinite.exit_code == 70
   saved = [int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
@@ -271,7 +273,11 @@ def test_best_checkpoint_is_kept(tiny, tmp_path):
     },
   )
   train.run(c, str(tmp_path / 'run'))
-  losses = {x['step']: x['eval/valid/loss'] for x in lines(tmp_path / 'run', 'metrics') if 'eval/valid/loss' in x}
+  losses = {
+    x['step']: x['eval/valid/loss']
+    for x in lines(tmp_path / 'run', 'metrics')
+    if 'eval/valid/loss' in x
+  }
   best = min(losses, key=losses.__getitem__)
   saved = {int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
   assert saved == {best, 10}

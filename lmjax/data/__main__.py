@@ -20,9 +20,10 @@ def build(parts: experiment.Experiment) -> None:
   for name, store in parts.stores.items():
     examples = parts.examples(name)
     length = parts.config['length']
+    tokens, rows = len(store), len(examples)
     print(
-      f'{name}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, {len(store):,} tokens '
-      f'({store.num_bytes / len(store):.2f} bytes each), {len(examples):,} rows of {length}, '
+      f'{name}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, {tokens:,} tokens '
+      f'({store.num_bytes / tokens:.2f} bytes each), {rows:,} rows of {length}, '
       f'{_share_of_text(examples):.1%} of them text; digest {store.digest}; {store.path}'
     )
 
