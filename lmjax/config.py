@@ -38,7 +38,7 @@ class UserError(ValueError):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
   """' (did you mean "rate"?)' for the nearest of `options`; all of them when none is near."""
   options = sorted(map(str, options))
-  near = difflib.get_close_matches(str(name), options, n=1)
+  near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
   return f' (did you mean "{near[0]}"?)' if near else f' (known: {", ".join(options) or "none"})'
 
 
@@ -182,9 +182,13 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     UserError: an unknown section, key or name, a value of the wrong type or out of range.
   """
   given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-  chosen = ('objective', 'model', 'tokenizer')
-  names = {k: given[k]['name'] for k in chosen if 'name' in (given.get(k) or {})}
-  complete = base(**names)
+  sections = {k: given[k] for k in ('objective', 'model', 'tokenizer') if k in given}
+  for key, section in sections.items():
+    if not isinstance(section, Mapping):
+      raise UserError(f'{key} = {section!r} is not a section')
+    if not isinstance(section.get('name', ''), str):
+      raise UserError(f'{key}.name = {section["name"]!r} is not str')
+  complete = base(**{k: section['name'] for k, section in sections.items() if 'name' in section})
   _merge(complete, given, '')
   for path in AT_LEAST_ONE:
     value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)

@@ -74,8 +74,10 @@ class Experiment:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
     boxed = self.boxed_shapes(name)
     shardings = sharding.param_shardings(boxed, mesh, self.config['sharding']['strategy'])
-    struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(struct, nn.unbox(boxed), shardings)
+    struct = lambda box, place: jax.ShapeDtypeStruct(
+      box.value.shape, box.value.dtype, sharding=place
+    )
+    return jax.tree.map(struct, boxed, shardings, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def prepare(config: Mapping[str, Any], saved_tokenizer: str = '', train: bool = True) -> Experiment:

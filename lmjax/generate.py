@@ -84,7 +84,7 @@ def continue_text(
   parts: Experiment,
   params: Any,
   prompt: str,
-  max_tokens: int = 128,
+  max_tokens: int | None = None,
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -92,14 +92,18 @@ def continue_text(
 ) -> str:
   """The prompt and what the model makes of it, up to the end of the text.
 
+  By default as much is added as there are positions for, and at most 128 tokens.
+
   Raises:
     UserError: a model that is not causal, numbers out of range, more tokens than it has positions.
   """
-  _check(parts, max_tokens, temperature, top_k, top_p)
-  t = parts.tokenizer
+  check_causal(parts)
+  t, core = parts.tokenizer, parts.model.core
   ids = [t.eos, *t.encode(prompt)]  # the end of a text is what comes before every text
-  limit = parts.model.core.max_length
-  if parts.model.core.positions == 'learned' and len(ids) + max_tokens > limit:
+  limit = core.max_length if core.positions == 'learned' else 1 << 30
+  max_tokens = max(1, min(128, limit - len(ids))) if max_tokens is None else max_tokens
+  _check(max_tokens, temperature, top_k, top_p)
+  if len(ids) + max_tokens > limit:
     raise UserError(
       f'the prompt of {len(ids)} tokens and max_tokens = {max_tokens} exceed the {limit} positions '
       'that the model has learned'
@@ -114,12 +118,14 @@ def continue_text(
   return t.decode(ids[1:] + new)
 
 
-def _check(
-  parts: Experiment, max_tokens: int, temperature: float, top_k: int, top_p: float
-) -> None:
+def check_causal(parts: Experiment) -> None:
+  """Raises a UserError where the experiment does not train a model that continues texts."""
   if not parts.objective.causal:
     name = parts.config['objective']['name']
     raise UserError(f'only a causal model continues a text, and "{name}" trains another kind')
+
+
+def _check(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
   if max_tokens < 1:
     raise UserError(f'max_tokens = {max_tokens} must be at least 1')
   if not temperature >= 0:
@@ -135,7 +141,7 @@ def main() -> None:
   if not f.workdir:
     raise UserError('name the run with --workdir DIR')
   parts = open_run(f.workdir)
-  _check(parts, f.max_tokens, f.temperature, f.top_k, f.top_p)
+  check_causal(parts)
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
     _, params = restore_params(parts, f.workdir, mesh, f.step)
@@ -147,7 +153,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'The directory of the run.')
   flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.')
   flags.DEFINE_string('prompt', '', 'The text to continue.')
-  flags.DEFINE_integer('max_tokens', 128, 'How many tokens to add at most.')
+  flags.DEFINE_integer('max_tokens', None, 'How many tokens to add at most; by default 128.')
   flags.DEFINE_float('temperature', 1.0, 'Spread of the draw; 0 takes the likeliest token.')
   flags.DEFINE_integer('top_k', 0, 'Draw from so many likeliest tokens; 0: from all.')
   flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest that make up this probability.')

@@ -125,6 +125,8 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
     return finished
   parts = experiment.prepare(c)
+  if c['log']['sample']:
+    generate.check_causal(parts)
   mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
   _describe(parts, path)
@@ -152,6 +154,8 @@ def _train(parts: Experiment, mesh: Mesh, path: epath.Path) -> dict[str, Any]:
     log = stack.enter_context(metrics.Log(path, start, steps, c['log'], cost))
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
     evaluator = Evaluator(parts, mesh)
+    # A run killed after its last checkpoint has only this left to do.
+    values = evaluator(_averaged(state)) if start == steps else {}
 
     for step in range(start + 1, steps + 1):
       with log.waiting():

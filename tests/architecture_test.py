@@ -17,9 +17,10 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 FLOORS = [
   [['schema', 'config'], ['metrics']],
   [
-    ['data.streams', 'data.files', 'data.python_corpus', 'data.sources'],
-    ['data.pieces', 'data.tokenizer'],
-    ['data.store', 'data.pack'],
+    [
+      *('data.streams', 'data.files', 'data.python_corpus', 'data.sources'),
+      *('data.pieces', 'data.tokenizer', 'data.store', 'data.pack'),
+    ],
     ['data.corrupt', 'data.loader'],
     ['models.layers', 'models.attention', 'models.transformer'],
     ['models.heads'],

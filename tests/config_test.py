@@ -41,7 +41,8 @@ def test_every_key_misspelled_is_refused_with_the_nearest(kind, path):
 
   with pytest.raises(UserError, match='there is no') as error:
     config.resolve(changed(kind, path, edit))
-  assert wrong in str(error.value)
+  # Without its name a section is taken for the default one, and may be refused for another key.
+  assert wrong in str(error.value) or path.endswith('.name')
   assert '\n' not in str(error.value)
 
 
@@ -96,9 +97,10 @@ def test_the_knobs_are_those_of_the_rooms():
     objectives.get(**c['objective'])
     Optimizer(**c['optimizer'])
     models.get(**c['model'] | {'size': 'bert_tiny', 'max_length': 8})
-  for section, known in (('objective', objectives), ('model', models)):
-    with pytest.raises(TypeError, match='unheard_of'):
-      known.get(**c[section] | {'size': 'bert_tiny', 'unheard_of': 1})
+  with pytest.raises(TypeError, match='unheard_of'):
+    objectives.get(**c['objective'], unheard_of=1)
+  with pytest.raises(TypeError, match='unheard_of'):
+    models.get(**c['model'] | {'size': 'bert_tiny'}, unheard_of=1)
 
 
 def test_top_level_keys_are_read():

@@ -111,9 +111,12 @@ def test_sentence_order_swaps_half_of_what_is_consecutive():
 
 
 def test_short_rows_are_the_share_asked_for():
-  full = np.mean([np.ptp(p[:2]) + np.ptp(p[2:4]) > 50 for p in pairs(short_prob=0.0)])
-  short = np.mean([np.ptp(p[:2]) + np.ptp(p[2:4]) > 50 for p in pairs(short_prob=1.0)])
-  assert short < 0.6 * full
+  sizes = {
+    share: np.mean([np.ptp(p[:2]) + np.ptp(p[2:4]) for p in pairs(150, short_prob=share)])
+    for share in (0.0, 0.5, 1.0)
+  }
+  assert sizes[1.0] < 0.75 * sizes[0.0]
+  assert sizes[1.0] < sizes[0.5] < sizes[0.0]
 
 
 def test_truncation_takes_from_the_longer_half_at_both_ends():

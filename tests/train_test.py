@@ -1,7 +1,9 @@
 """Runs from beginning to end: what they write, and that they resume exactly."""
 
+import functools
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -118,7 +120,7 @@ class Killed(BaseException):
   pass
 
 
-@pytest.mark.parametrize('at', [2, 4, 5])
+@pytest.mark.parametrize('at', [2, 5])
 @pytest.mark.parametrize(
   'objective', [('clm', {'model.dropout': 0.1}), ('mlm', {'objective.next_sentence': True})]
 )
@@ -145,7 +147,7 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, objective, at):
 
 
 def test_kill_9_and_the_same_command_again(tiny, tmp_path):
-  c = tiny('clm', steps=400, **{'checkpoint.every': 20, 'evaluate.every': 400, 'log.every': 5})
+  c = tiny('clm', steps=150, **{'checkpoint.every': 10, 'evaluate.every': 150, 'log.every': 5})
   file = tmp_path / 'experiment.py'
   file.write_text(
     'import json\nfrom ml_collections import ConfigDict\n'
@@ -153,15 +155,17 @@ def test_kill_9_and_the_same_command_again(tiny, tmp_path):
   )
   command = [sys.executable, '-m', 'lmjax.main', f'--config={file}', '--workdir']
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
-  subprocess.run([*command, str(straight)], check=True, capture_output=True, timeout=300)
-  process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL)
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  run = functools.partial(subprocess.run, check=True, capture_output=True, env=environment)
+  run([*command, str(straight)], timeout=300)
+  process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, env=environment)
   while not (broken / 'checkpoints' / '40').exists():
     assert process.poll() is None
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   assert not (broken / 'result.json').exists()
-  subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=300)
+  run([*command, str(broken)], timeout=300)
   assert_same_run(straight, broken)
 
 
@@ -240,7 +244,7 @@ def test_average_of_parameters_is_what_is_evaluated(tiny, tmp_path):
 
 @pytest.mark.parametrize('name', ['adam', 'sgd', 'adamw', 'lamb', 'lion', 'adafactor', 'muon'])
 def test_every_optimizer_trains_and_resumes(tiny, tmp_path, name):
-  rate = {'sgd': 1.0, 'lion': 3e-3, 'adafactor': 0.1}.get(name, 0.02)
+  rate = {'sgd': 1.0, 'lion': 3e-3, 'adafactor': 0.1, 'lamb': 0.1}.get(name, 0.02)
   c = tiny('clm', steps=20, **{'optimizer.name': name, 'optimizer.lr': rate, 'evaluate.every': 20})
   train.run(c, str(tmp_path))
   losses = [line['train/loss'] for line in lines(tmp_path, 'metrics') if 'train/loss' in line]

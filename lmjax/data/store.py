@@ -29,6 +29,8 @@ import numpy as np
 from etils import epath
 
 from lmjax.config import UserError
+from lmjax.data.pieces import Tokenizer
+from lmjax.data.sources import Source
 
 FORMAT = 1
 DOCUMENTS_PER_SHARD = 50_000
@@ -85,7 +87,7 @@ class Store:
     return np.concatenate([self.read(start, middle), self.read(middle, stop)])
 
 
-def build(source, tokenizer, cache: str, progress: bool = True) -> Store:
+def build(source: Source, tokenizer: Tokenizer, cache: str, progress: bool = True) -> Store:
   """The store of `source` under `tokenizer` in `cache`, built as far as it is not there yet.
 
   Raises:
@@ -99,7 +101,7 @@ def build(source, tokenizer, cache: str, progress: bool = True) -> Store:
   return open_store(str(directory), tokenizer)
 
 
-def open_store(path: str, tokenizer) -> Store:
+def open_store(path: str, tokenizer: Tokenizer) -> Store:
   """Opens a built store.
 
   Raises:
@@ -130,7 +132,7 @@ def open_store(path: str, tokenizer) -> Store:
   )
 
 
-def from_documents(texts: Sequence[str], tokenizer) -> Store:
+def from_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Store:
   """A small store in memory."""
   tokens, documents, sentences, sizes = _encode(texts, tokenizer)
   ends = np.append(documents, len(tokens))

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from lmjax.config import UserError
 from lmjax.data import corrupt, pack
+from lmjax.data.pieces import Tokenizer
 from lmjax.data.store import Store
 from lmjax.metrics import Mean
 from lmjax.models import heads, layers
@@ -34,14 +35,14 @@ class Objective:
     if not 0 <= self.label_smoothing < 1:
       raise UserError(f'objective.label_smoothing = {self.label_smoothing} is not in [0, 1)')
 
-  def check(self, tokenizer, length: int, core: nn.Module) -> None:
+  def check(self, tokenizer: Tokenizer, length: int, core: nn.Module) -> None:
     if tokenizer.eos is None:
       raise UserError(
         f'clm needs an end-of-text token, and the {tokenizer.name} vocabulary has none'
       )
 
   def examples(
-    self, store: Store, tokenizer, length: int, seed: int, train: bool = True
+    self, store: Store, tokenizer: Tokenizer, length: int, seed: int, train: bool = True
   ) -> 'Windows':
     return Windows(store, tokenizer, length, seed, train, self.separate_documents)
 
@@ -58,7 +59,7 @@ class Windows:
   """
 
   store: Store
-  tokenizer: object
+  tokenizer: Tokenizer
   length: int
   seed: int
   train: bool

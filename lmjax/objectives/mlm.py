@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from lmjax.config import UserError, did_you_mean
 from lmjax.data import corrupt, pack
+from lmjax.data.pieces import Tokenizer
 from lmjax.data.store import Store
 from lmjax.metrics import Mean
 from lmjax.models import heads, layers
@@ -77,7 +78,7 @@ class Objective:
       if getattr(self, key) != defaults[key]:
         raise UserError(f'objective.{key} = {getattr(self, key)} is read by nothing with {why}')
 
-  def check(self, tokenizer, length: int, core: nn.Module) -> None:
+  def check(self, tokenizer: Tokenizer, length: int, core: nn.Module) -> None:
     for token in ('mask', 'cls', 'sep', 'pad'):
       if getattr(tokenizer, token) is None:
         raise UserError(f'mlm needs a {token} token, and the {tokenizer.name} vocabulary has none')
@@ -88,7 +89,9 @@ class Objective:
     if length < 3:
       raise UserError(f'length = {length} has no room for a token between [CLS] and [SEP]')
 
-  def examples(self, store: Store, tokenizer, length: int, seed: int, train: bool = True) -> 'Rows':
+  def examples(
+    self, store: Store, tokenizer: Tokenizer, length: int, seed: int, train: bool = True
+  ) -> 'Rows':
     """train=False: 15 % of the tokens, one by one, and the same ones for every run."""
     objective = self
     if not train:
@@ -103,7 +106,9 @@ class Objective:
 class Rows:
   """Rows of full sentences, [CLS] … [SEP], or of sentence pairs, [CLS] A [SEP] B [SEP]."""
 
-  def __init__(self, objective: Objective, store: Store, tokenizer, length: int, seed: int):
+  def __init__(
+    self, objective: Objective, store: Store, tokenizer: Tokenizer, length: int, seed: int
+  ):
     self.objective, self.store, self.tokenizer = objective, store, tokenizer
     self.length, self.seed = length, seed
     self.k = objective.predictions or math.ceil(objective.rate * length)
