@@ -204,6 +204,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
   for key, value in given.items():
     path = prefix + key
+    if key not in into and 'name' in into:
+      raise UserError(f'{prefix[:-1]} "{into.name}" has no "{key}"{did_you_mean(key, into)}')
     if key not in into:
       raise UserError(f'there is no "{path}" in the config{did_you_mean(key, into)}')
     section = isinstance(into[key], ConfigDict)

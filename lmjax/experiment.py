@@ -17,19 +17,38 @@ from jax.sharding import Mesh
 from lmjax import models, objectives, sharding
 from lmjax.config import UserError
 from lmjax.data import loader, sources, store, tokenizer
+from lmjax.data.pieces import Tokenizer
 from lmjax.optimizer import Optimizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """The parts of a run, fitted together.  `config` is resolved: plain values, every key known."""
+  """The parts of a run, fitted together.  `config` is resolved: plain values, every key known.
+
+  What takes time is made when it is first asked for.
+  """
 
   config: Mapping[str, Any]
   objective: Any
-  tokenizer: Any
+  core: nn.Module
   optimizer: Optimizer
-  model: nn.Module
   sources: Mapping[str, Any]  # 'train' and the names of the evaluation sets
+  saved_tokenizer: str = ''  # a directory to load the tokenizer from, instead of training it
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """Loaded, trained, or found trained in the cache; UserError where the objective misses one."""
+    if self.saved_tokenizer:
+      made = tokenizer.load(self.saved_tokenizer)
+    else:
+      made = _trained_tokenizer(self.config, self.sources['train'])
+    self.objective.check(made, self.config['length'], self.core)
+    return made
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    """From a batch to loss terms and metrics."""
+    return self.objective.model(self.core, self.tokenizer.vocab_size)
 
   @functools.cached_property
   def stores(self) -> dict[str, store.Store]:
@@ -81,7 +100,7 @@ class Experiment:
 
 
 def prepare(config: Mapping[str, Any], saved_tokenizer: str = '', train: bool = True) -> Experiment:
-  """Opens every source, makes or loads the tokenizer and builds the model, touching no device.
+  """Opens every source and builds the core, touching no device.
 
   Args:
     config: resolved.
@@ -91,24 +110,28 @@ def prepare(config: Mapping[str, Any], saved_tokenizer: str = '', train: bool = 
   Raises:
     UserError: whatever does not exist or does not fit together.
   """
-  c = config
-  objective, core, optimizer = _parts(c)
-  names = ({'train': c['data']['train']} if train else {}) | c['data']['eval']
-  if 'train' in c['data']['eval']:
+  data = config['data']
+  objective, core, optimizer = _parts(config)
+  if 'train' in data['eval']:
     raise UserError('data.eval: "train" is the name of the training source; choose another')
-  options = dict(document=c['data']['document'], text_key=c['data']['text_key'], cache=c['cache'])
+  names = ({'train': data['train']} if train else {}) | data['eval']
+  options = dict(document=data['document'], text_key=data['text_key'], cache=config['cache'])
   opened = {name: sources.open_source(spec, **options) for name, spec in names.items()}
-  if saved_tokenizer:
-    tokens = tokenizer.load(saved_tokenizer)
-  else:
-    tokens = _trained_tokenizer(c, opened['train'])
-  objective.check(tokens, c['length'], core)
-  model = objective.model(core, tokens.vocab_size)
-  return Experiment(c, objective, tokens, optimizer, model, opened)
+  return Experiment(config, objective, core, optimizer, opened, saved_tokenizer)
 
 
 class Sketch(Experiment):
   """An experiment on two short documents: its shapes and programs are those of the real one."""
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    return tokenizer.get('bytes', ())
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    """With a vocabulary of the size that the config asks for."""
+    vocab_size = self.config['tokenizer'].get('vocab_size') or self.tokenizer.vocab_size
+    return self.objective.model(self.core, vocab_size)
 
   @functools.cached_property
   def stores(self) -> dict[str, store.Store]:
@@ -118,15 +141,8 @@ class Sketch(Experiment):
 
 
 def sketch(config: Mapping[str, Any]) -> Sketch:
-  """The resolved config's parts without its data, to compile what it would run.
-
-  The vocabulary is of the size that the config asks for.
-  """
-  c = config
-  stand_in = tokenizer.get('bytes', ())
-  objective, core, optimizer = _parts(c)
-  vocab_size = c['tokenizer'].get('vocab_size') or stand_in.vocab_size
-  return Sketch(c, objective, stand_in, optimizer, objective.model(core, vocab_size), {})
+  """The resolved config's parts without its data, to compile what it would run."""
+  return Sketch(config, *_parts(config), sources={})
 
 
 def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:

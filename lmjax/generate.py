@@ -98,7 +98,7 @@ def continue_text(
     UserError: a model that is not causal, numbers out of range, more tokens than it has positions.
   """
   check_causal(parts)
-  t, core = parts.tokenizer, parts.model.core
+  t, core = parts.tokenizer, parts.core
   ids = [t.eos, *t.encode(prompt)]  # the end of a text is what comes before every text
   limit = core.max_length if core.positions == 'learned' else 1 << 30
   max_tokens = max(1, min(128, limit - len(ids))) if max_tokens is None else max_tokens

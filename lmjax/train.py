@@ -127,15 +127,19 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   parts = experiment.prepare(c)
   if c['log']['sample']:
     generate.check_causal(parts)
+  if c['init_from']:
+    experiment.open_run(c['init_from'])
   mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
-  _describe(parts, path)
+  digests = _digests(parts, path)
   jax.config.update('jax_compilation_cache_dir', str(epath.Path(c['cache']).expanduser() / 'xla'))
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
-    return _train(parts, mesh, path)
+    return _train(parts, mesh, path, digests)
 
 
-def _train(parts: Experiment, mesh: Mesh, path: epath.Path) -> dict[str, Any]:
+def _train(
+  parts: Experiment, mesh: Mesh, path: epath.Path, digests: dict[str, str]
+) -> dict[str, Any]:
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'])
@@ -150,6 +154,7 @@ def _train(parts: Experiment, mesh: Mesh, path: epath.Path) -> dict[str, Any]:
     restored = checkpoints.restore(like)
     start = restored[0] if restored else 0
     state = restored[1] if restored else _warm_start(parts, mesh, make_state())
+    _describe(parts, path, digests)
     step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
     log = stack.enter_context(metrics.Log(path, start, steps, c['log'], cost))
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
@@ -242,8 +247,6 @@ def _finish(
 
 def _check_workdir(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   """The result of a finished run; UserError where the directory cannot be this run's."""
-  if path.exists() and not path.is_dir():
-    raise UserError(f'{path} is a file, not a directory for a run')
   if (path / 'config.json').exists():
     there = json.loads((path / 'config.json').read_text())
     changed = record.differences(there, config)
@@ -251,25 +254,33 @@ def _check_workdir(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any
     if changed:
       what = '; '.join(f'{k} is {a!r} there and {b!r} here' for k, (a, b) in changed.items())
       raise UserError(f'{path} holds another experiment ({what}): choose another workdir')
-  result = path / 'result.json'
-  return json.loads(result.read_text()) if result.exists() else None
+  if (path / 'result.json').exists():
+    return json.loads((path / 'result.json').read_text())
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path / '.probe', {})
+    (path / '.probe').unlink()
+  except OSError as e:
+    raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e
+  return None
 
 
-def _describe(parts: Experiment, path: epath.Path) -> None:
-  """Writes what the run is, or checks that the data are what they were."""
+def _digests(parts: Experiment, path: epath.Path) -> dict[str, str]:
+  """What the data are; UserError where they are not what they were when the run was begun."""
   digests = {name: store.digest for name, store in parts.stores.items()}
   digests['tokenizer'] = parts.tokenizer.fingerprint
   if (path / 'record.json').exists():
     there = json.loads((path / 'record.json').read_text())['data']
     for name, (a, b) in record.differences(there, digests).items():
       raise UserError(f'the data "{name}" changed since {path} was begun ({a}, now {b})')
+  return digests
+
+
+def _describe(parts: Experiment, path: epath.Path, digests: dict[str, str]) -> None:
+  """Writes what the run is, once everything fits together; config.json, last, makes it a run."""
+  if (path / 'config.json').exists():
     return
   devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    parts.tokenizer.save(path / 'tokenizer')
-    described = record.describe(digests, devices)
-    for name, value in (('record', described), ('config', parts.config)):
-      metrics.write_json(path / f'{name}.json', value)
-  except OSError as e:
-    raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e
+  parts.tokenizer.save(path / 'tokenizer')
+  metrics.write_json(path / 'record.json', record.describe(digests, devices))
+  metrics.write_json(path / 'config.json', parts.config)

@@ -32,6 +32,13 @@ def files(tmp_path_factory) -> pathlib.Path:
   (root / 'garbage.model').write_bytes(b'garbage' * 100)
   (root / 'afile').write_text('not a directory')
   (root / 'syntax.py').write_text('def get_config(:\n')
+  (root / 'bytes.py').write_text(
+    'from lmjax import config\n'
+    'def get_config(objective):\n'
+    "  c = config.base(objective=objective, tokenizer='bytes')\n"
+    "  c.model.size = 'bert_tiny'\n"
+    '  return c\n'
+  )
   return root
 
 
@@ -52,7 +59,7 @@ MISTAKES = {
   'negative': (CLM, {'batch': -4}, 'batch'),
   'no steps': (CLM, {'steps': 0}, 'steps'),
   'unknown objective': (CLM, {'objective.name': 'clam'}, 'clm'),
-  'unknown optimizer': (CLM, {'optimizer.name': 'adamv'}, 'adamw'),
+  'unknown optimizer': (CLM, {'optimizer.name': 'adamq'}, 'adam'),
   'unknown schedule': (CLM, {'optimizer.schedule': 'cosin'}, 'cosine'),
   'unknown positions': (CLM, {'model.positions': 'rotery'}, 'rotary'),
   'unknown size': (CLM, {'model.size': 'gpt2_smal'}, 'gpt2_small'),
@@ -77,8 +84,8 @@ MISTAKES = {
   'empty file': (CLM, {'data.train': '{}/empty.txt'}, 'empty.txt'),
   'blank file': (CLM, {'data.train': '{}/blank.txt'}, 'blank.txt'),
   'corpus shorter than a window': (
-    CLM,
-    {'data.train': '{}/short.txt', 'tokenizer.name': 'bytes'},
+    '{}/bytes.py:clm',
+    {'data.train': '{}/short.txt'},
     'less than one window',
   ),
   'binary file': (CLM, {'data.train': '{}/binary.txt'}, 'binary.txt'),
@@ -96,19 +103,19 @@ MISTAKES = {
     {'data.train': '{}/good.txt', 'tokenizer.vocab_size': 50_000},
     '50000',
   ),
-  'tokenizer file missing': (CLM, {'tokenizer.path': '{}/none.model'}, 'none.model'),
+  'tokenizer file missing': (
+    CLM,
+    {'tokenizer.path': '{}/none.model', 'tokenizer.vocab_size': 0},
+    'none.model',
+  ),
   'tokenizer file is garbage': (
     CLM,
     {'tokenizer.path': '{}/garbage.model', 'tokenizer.vocab_size': 0},
     'garbage.model',
   ),
   'one document for next_sentence': (
-    BERT,
-    {
-      'data.train': '{}/good.txt',
-      'objective.next_sentence': True,
-      'tokenizer.name': 'bytes',
-    },
+    '{}/bytes.py:mlm',
+    {'data.train': '{}/good.txt', 'objective.next_sentence': True},
     'two documents',
   ),
   'workdir is a file': (CLM, {'workdir': '{}/afile'}, 'afile'),
@@ -131,7 +138,12 @@ def test_one_sentence_and_exit_code_2(files, tmp_path, name):
   environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'JAX_PLATFORMS': 'cpu'}
   began = time.monotonic()
   got = subprocess.run(
-    [*command, '--workdir', str(workdir), *(flags if experiment.startswith('exp') else [])],
+    [
+      *command,
+      '--workdir',
+      str(workdir),
+      *([] if experiment.endswith('.py') and experiment != CLM else flags),
+    ],
     capture_output=True,
     text=True,
     timeout=120,

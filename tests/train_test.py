@@ -73,7 +73,7 @@ def test_a_run_writes_what_it_promises(finished):
   assert list(workdir.glob('events.out.tfevents*'))
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['3', '6']
   assert result['sample'].startswith('The')
-  assert result['parameters'] == 12_608
+  assert result['parameters'] == 11_536
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):
