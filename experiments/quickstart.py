@@ -12,7 +12,7 @@ VARIANTS = ('gpt', 'bert')
 
 def get_config(variant='gpt'):
   c = config.base(objective=config.choose(variant, {'gpt': 'clm', 'bert': 'mlm'}))
-  c.steps, c.batch, c.length = 360, 16, 128
+  c.steps, c.batch, c.length = 400, 16, 128
   c.tokenizer.update(vocab_size=4096, model_type='unigram')
   c.model.update(depth=4, dim=192, heads=4, positions='rotary', scan=False)
   # Muon learns from so few tokens what AdamW takes several times as many for.

@@ -43,6 +43,8 @@ def cpu(c):
 
 def cpu_best(c):
   cpu(c)
+  c.steps = 1300
+  c.evaluate.every = c.checkpoint.every = c.steps
   c.model.positions = 'rotary'
   c.optimizer.update(name='muon', lr=2e-2, warmup_steps=50, final_lr=0.0, b2=None)
   c.optimizer.args = {'adam_learning_rate': 5e-3}

@@ -12,7 +12,6 @@ from ml_collections import config_flags
 
 from lmjax import config
 
-
 # A step allocates its temporaries anew.  By default glibc gives freed ones back to the system, and
 # clearing them again takes a quarter of the CPU time of a small model on a CPU: Shakespeare on two
 # cores trains at 13,700 instead of 8,900 tokens/s with these, which are read when a process begins.
