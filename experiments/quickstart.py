@@ -2,7 +2,8 @@
 
 python -m lmjax.main --config experiments/quickstart.py --workdir /tmp/lmjax/quickstart
 
-Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
+Hardware: 2 CPU cores.  Time: 5 minutes, with corpus, tokenizer and evaluations.  Result: 1.787 bits
+per byte of validation text (CPython 3.11.7), where xz -9 has 1.641.  The BERT: not yet run.
 """
 
 from lmjax import config
