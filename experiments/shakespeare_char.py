@@ -7,8 +7,8 @@ python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp
 Shakespeare (1,115,394 characters) in ./input.txt; if it lies elsewhere, set data.train to
 'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to 'ELSEWHERE/input.txt#[90%:]'.
 
-Hardware: 2 CPU cores.  Time: `cpu` 175 s, `cpu_best` with 2,000 steps 265 s, both before freed memory
-was kept (lmjax/main.py).  Result: validation loss 1.915 and 1.565.  `gpu`: not yet run.
+Hardware: 2 CPU cores.  Time: `cpu` 175 s, `cpu_best` with 2,000 steps 265 s, both before memory was
+kept (lmjax/main.py).  Result: validation loss 1.915 and 1.565.  `gpu`: not yet run.
 """
 
 from lmjax import config
