@@ -24,7 +24,7 @@ def starts():
 
 
 CHOOSE = {
-  'token': lambda c, n, k: corrupt.choose_tokens(c, n, 20, k),
+  'token': lambda c, n, k: corrupt.choose_tokens(c, n, k),
   'word': lambda c, n, k: corrupt.choose_words(c, n, starts(), k),
   'span': lambda c, n, k: corrupt.choose_spans(c, n, starts(), k),
 }
@@ -58,7 +58,7 @@ def test_tokens_are_chosen_alike():
   real = np.ones((B, L), bool)
   total = np.zeros(L)
   for epoch in range(200):
-    total += corrupt.choose_tokens(real, np.full(B, 16), 16, keys(epoch=epoch)).sum(axis=0)
+    total += corrupt.choose_tokens(real, np.full(B, 16), keys(epoch=epoch)).sum(axis=0)
   expected = 200 * B * 16 / L
   chi2 = ((total - expected) ** 2 / expected).sum() / (1 - 16 / L)
   assert 80 < chi2 < 185  # 127 degrees of freedom, five deviations

@@ -1,8 +1,11 @@
 """Rows are made of the store's tokens, in order, with nothing lost; pairs follow BERT's recipe."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from lmjax import objectives
 from lmjax.data import pack, store, tokenizer
 from tests.conftest import documents
 
@@ -15,13 +18,38 @@ def tokens(a: int, b: int) -> list[int]:
   return STORE.read(a, b).tolist()
 
 
-def test_windows_are_the_stream_and_say_what_is_outside():
+def test_windows_are_the_stream_closed_to_a_ring():
   n = len(STORE)
-  got, real = pack.windows(STORE, np.array([-3, 10, n - 2]), 5, pad=0)
-  assert got[0].tolist() == [0, 0, 0, *tokens(0, 2)]
-  assert got[1].tolist() == tokens(10, 15)
-  assert got[2].tolist() == [*tokens(n - 2, n), 0, 0, 0]
-  assert real.tolist() == [[0, 0, 0, 1, 1], [1] * 5, [1, 1, 0, 0, 0]]
+  got = pack.windows(STORE, np.array([10, n - 2, n + 4]), 5)
+  assert got[0].tolist() == tokens(10, 15)
+  assert got[1].tolist() == [*tokens(n - 2, n), *tokens(0, 3)]
+  assert got[2].tolist() == tokens(4, 9)
+  longer = pack.windows(STORE, np.array([n - 1]), 2 * n)
+  assert longer[0].tolist() == [*tokens(n - 1, n), *tokens(0, n), *tokens(0, n - 1)]
+
+
+@pytest.mark.parametrize(('length', 'short_by'), [(40, 0), (40, 1), (40, 39), (10**5, 0)])
+@pytest.mark.parametrize('train', [True, False])
+def test_every_token_is_a_target_once_an_epoch(length, short_by, train):
+  """However the corpus divides into windows; in evaluation nothing predicts the first token."""
+  n = len(STORE) // 40 * 40 - short_by
+  ring = store.Store([STORE.read(0, n)], np.array([0, n]), np.array([0]), n, '')
+  rows = objectives.get('clm').examples(ring, BYTES, length, seed=0, train=train)
+  for epoch in (0, 1):
+    batch = rows(np.arange(len(rows)), np.full(len(rows), epoch))
+    real = batch['weights'] > 0
+    assert real.any(axis=1).all()
+    pairs = zip(batch['tokens'][real], batch['targets'][real], strict=True)
+    tokens = ring.read(0, n).tolist()
+    expected = list(itertools.pairwise([*tokens, tokens[0]] if train else tokens))
+    assert sorted(pairs) == sorted(expected)
+    assert (batch['targets'][~real] == BYTES.pad).all()
+
+
+def test_cuts_between_windows_move_from_epoch_to_epoch():
+  rows = objectives.get('clm').examples(STORE, BYTES, 40, seed=0)
+  first, second = (rows(np.array([0]), np.array([epoch]))['tokens'] for epoch in (0, 1))
+  assert not np.array_equal(first, second)
 
 
 def test_segments_open_with_the_end_of_text_and_restart_positions():

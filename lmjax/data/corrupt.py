@@ -4,49 +4,71 @@ b rows, L length, K chosen places.  A row's key is a uint64 made from (seed, exa
 epoch), so that its noise is the same on any number of hosts and after any restart.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ONE, _TWO = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+def _constant(x: int) -> np.ndarray:
+  """Of no dimensions: on short rows NumPy takes two thirds of the time that a scalar costs it."""
+  return np.array(x, np.uint64)
+
+
+GOLDEN, _ONE = _constant(0x9E3779B97F4A7C15), _constant(1)
+_MULTIPLIERS = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
+_SHIFTS = tuple(map(_constant, (30, 27, 31)))
 
 
 def mix(x: np.ndarray) -> np.ndarray:
   """The finaliser of SplitMix64 (Steele et al., 2014): a bijection of uint64 that looks random."""
-  x = (x ^ (x >> np.uint64(30))) * _ONE
-  x = (x ^ (x >> np.uint64(27))) * _TWO
-  return x ^ (x >> np.uint64(31))
+  x = x ^ (x >> _SHIFTS[0])
+  x *= _MULTIPLIERS[0]
+  x ^= x >> _SHIFTS[1]
+  x *= _MULTIPLIERS[1]
+  x ^= x >> _SHIFTS[2]
+  return x
 
 
 def keys(seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
   """uint64[b] from a seed and, for each row, its example and epoch."""
-  key = mix(np.full(len(indices), seed, np.uint64) + _GOLDEN)
+  key = mix(_constant([seed]) + GOLDEN)
   for part in (indices, epochs):
-    key = mix(key + _GOLDEN * (part.astype(np.uint64) + np.uint64(1)))
+    key = mix(key + GOLDEN * (part.astype(np.uint64) + _ONE))
   return key
 
 
+@functools.lru_cache(4096)
+def epoch_key(seed: int, epoch: int) -> int:
+  """The key of an epoch as a whole, which no example of it has."""
+  return int(keys(seed, np.array([-1]), np.array([epoch]))[0])
+
+
 def bits(keys_b: np.ndarray, n: int, stream: int) -> np.ndarray:
-  """uint32[b, n], independent for each key and stream."""
-  start = mix(keys_b ^ np.uint64(stream))[:, None]
-  counter = np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN
-  return (mix(start + counter[None]) >> np.uint64(32)).astype(np.uint32)
+  """uint32[b, n], independent for each key and stream; no two of a row are equal.
+
+  The finaliser of MurmurHash3 (Appleby, 2011), a bijection of uint32, of n points on a ring.
+  """
+  x = mix(keys_b ^ np.uint64(stream)).astype(np.uint32)[:, None]
+  x = x + np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B9)
+  x ^= x >> np.uint32(16)
+  x *= np.uint32(0x85EBCA6B)
+  x ^= x >> np.uint32(13)
+  x *= np.uint32(0xC2B2AE35)
+  x ^= x >> np.uint32(16)
+  return x
 
 
 def choose_tokens(
-  candidates_bL: np.ndarray, counts_b: np.ndarray, k: int, keys_b: np.ndarray
+  candidates_bL: np.ndarray, counts_b: np.ndarray, keys_b: np.ndarray
 ) -> np.ndarray:
-  """bool[b, L]: in each row `counts_b` (at most k) of the candidates, all equally likely."""
-  length = candidates_bL.shape[1]
-  # The last bit goes to the candidates, so that whatever is none of them sorts behind.
-  noise = bits(keys_b, length, stream=1) >> np.uint32(1)
-  noise[~candidates_bL] |= np.uint32(1 << 31)
-  k = min(k, length)
-  nearest = np.argpartition(noise, k - 1, axis=1)[:, :k]
-  order = np.argsort(np.take_along_axis(noise, nearest, axis=1), axis=1)
-  ranked = np.take_along_axis(nearest, order, axis=1)
-  chosen = np.zeros_like(candidates_bL)
-  np.put_along_axis(chosen, ranked, np.arange(k) < counts_b[:, None], axis=1)
-  return chosen & candidates_bL
+  """bool[b, L]: in each row `counts_b`, at least 1, of the candidates, all equally likely."""
+  noise = bits(keys_b, candidates_bL.shape[1], stream=1)
+  noise = np.where(candidates_bL, noise, np.uint32(0xFFFFFFFF))
+  # In each row the numbers of these ranks come to lie where a sort would put them.
+  ranked = np.partition(noise, np.unique(counts_b - 1), axis=1)
+  last_b = ranked[np.arange(len(counts_b)), counts_b - 1]
+  return (noise <= last_b[:, None]) & candidates_bL
 
 
 def choose_words(
@@ -68,34 +90,39 @@ def choose_spans(
   )
 
 
-def _choose_groups(candidates_bL, counts_b, starts_bL, keys_b, words_in_group) -> np.ndarray:
+def _choose_groups(
+  candidates_bL: np.ndarray,
+  counts_b: np.ndarray,
+  starts_bL: np.ndarray,
+  keys_b: np.ndarray,
+  words_in_group: Callable[[np.random.Generator], int],
+) -> np.ndarray:
   chosen = np.zeros_like(candidates_bL)
-  for row, count in enumerate(counts_b.tolist()):
+  for row, room in enumerate(counts_b.tolist()):
     rng = np.random.Generator(np.random.Philox(int(keys_b[row])))
     places = np.flatnonzero(candidates_bL[row])
     # A word also begins after a place that is no candidate, such as [SEP].
     begins = starts_bL[row, places] | (np.diff(places, prepend=-2) > 1)
-    words = np.split(places, np.flatnonzero(begins)[1:])
-    room = count
-    for first in rng.permutation(len(words)).tolist():
+    bounds = [*np.flatnonzero(begins).tolist(), len(places)]
+    words, places, taken = len(bounds) - 1, places.tolist(), set()
+    for first in rng.permutation(words).tolist():
       if room == 0:
         break
-      group = np.concatenate(words[first : first + words_in_group(rng)])
-      group = group[~chosen[row, group]]
-      if 0 < len(group) <= room:
-        chosen[row, group] = True
+      last = min(first + words_in_group(rng), words)
+      group = [p for p in places[bounds[first] : bounds[last]] if p not in taken]
+      if len(group) <= room:
+        taken.update(group)
         room -= len(group)
+    chosen[row, list(taken)] = True
   return chosen
 
 
 def gather_places(chosen_bL: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   """(places int32[b, K], weights float32[b, K]) of what is chosen, in order; 0 and 0.0 fill up."""
-  order = np.argsort(~chosen_bL, axis=1, kind='stable')[:, :k]
-  count = chosen_bL.sum(axis=1, keepdims=True)
-  real = np.arange(k) < count
-  if order.shape[1] < k:
-    order = np.pad(order, ((0, 0), (0, k - order.shape[1])))
-  return np.where(real, order, 0).astype(np.int32), real.astype(np.float32)
+  real = np.arange(k) < chosen_bL.sum(axis=1, keepdims=True)
+  places = np.zeros(real.shape, np.int32)
+  places[real] = np.flatnonzero(chosen_bL) % chosen_bL.shape[1]
+  return places, real.astype(np.float32)
 
 
 def replace(
@@ -110,15 +137,13 @@ def replace(
 
   shares: of [MASK] and of a random id out of `ordinary`; the rest stays (0.8 and 0.1 in BERT).
   """
-  counts = chosen_bL.sum(axis=1, keepdims=True)
-  k = int(counts.max(initial=0))
-  real = np.arange(k) < counts  # the chosen of a row, in order, draw the row's first numbers
-  draw = (bits(keys_b, k, stream=2) / np.float64(1 << 32))[real]
-  random_ids = ordinary[bits(keys_b, k, stream=3)[real] % np.uint32(len(ordinary))]
+  flat = np.flatnonzero(chosen_bL)
+  row, place = np.divmod(flat, chosen_bL.shape[1])
+  noise = mix(mix(keys_b ^ np.uint64(2))[row] + place.astype(np.uint64) * GOLDEN)
+  draw = (noise >> np.uint64(32)) / float(1 << 32)  # the other half of the bits draws the id
+  random_ids = ordinary[noise.astype(np.uint32) % np.uint32(len(ordinary))]
   mask, random = shares
-  old = tokens_bL[chosen_bL]
   result = tokens_bL.copy()
-  result[chosen_bL] = np.where(
-    draw < mask, mask_id, np.where(draw < mask + random, random_ids, old)
-  )
+  new = np.where(draw < mask + random, random_ids, result.take(flat))
+  result.put(flat, np.where(draw < mask, mask_id, new))
   return result

@@ -133,7 +133,7 @@ def _find(name: str) -> list[str]:
       root, paths = _glob(name)
     try:
       found = [os.fspath(p) for p in paths if not _hidden(p, root) and p.is_file()]
-    except (ValueError, NotImplementedError) as e:
+    except (ValueError, NotImplementedError) as e:  # pathlib's and epath's for bad patterns
       raise UserError(f'{name}: not a glob ({e}); name a directory or write another') from e
   if not found:
     raise UserError(f'{name}: no file there; a source is a path, a glob, "python" or "tfds:NAME"')
@@ -256,7 +256,7 @@ def _json_text(line: str, where: str, key: str) -> str:
 
 def _index_parquet(file: File, key: str) -> array.array:
   """First row of each row group, and after them the number of rows."""
-  types = streams.library('pyarrow').types
+  types = streams.require('pyarrow').types
   with _parquet(file) as parquet:
     schema, metadata = parquet.schema_arrow, parquet.metadata
     if key not in schema.names:
@@ -287,7 +287,7 @@ def _row_group(file: File, group: int, key: str) -> list[str]:
 
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator[Any]:
-  pa, pq = streams.library('pyarrow'), streams.library('pyarrow.parquet')
+  pa, pq = streams.require('pyarrow'), streams.library('pyarrow.parquet')
   try:
     with streams.blaming(file.path), streams.open_file(file) as f:
       yield pq.ParquetFile(f, page_checksum_verification=True)

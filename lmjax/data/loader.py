@@ -1,6 +1,7 @@
 """batch(step): a pure function of the seed, the step and the token store.  And nothing to save."""
 
 import hashlib
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -9,9 +10,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from lmjax.data.corrupt import keys, mix
+from lmjax.data.corrupt import GOLDEN, epoch_key, mix
 
 Batch = dict[str, np.ndarray]
+
+_HALF = np.array(32, np.uint64)
 
 
 class Examples(Protocol):
@@ -25,20 +28,23 @@ class Examples(Protocol):
 def permute(indices: np.ndarray, size: int, seeds: np.ndarray) -> np.ndarray:
   """The places of `indices` under a pseudo-random permutation of range(size), one for each seed.
 
-  A four-round Feistel network over the next even power of two, walked until it falls into the range
-  (Black & Rogaway, 2002): random access, and no table of the size of the corpus.
+  A four-round Feistel network on the digits of a number system just large enough, walked until it
+  falls into the range (Black & Rogaway, 2002): random access, and no table of the corpus's size.
   """
-  half = np.uint64(max(1, -(-int(size - 1).bit_length() // 2)))
-  low = (np.uint64(1) << half) - np.uint64(1)
+  high = math.isqrt(size - 1) + 1
+  bases = (np.array(high, np.uint64), np.array(-(-size // high), np.uint64))
   result = indices.astype(np.uint64)
-  outside = np.ones(len(result), bool)
-  while outside.any():
-    x, seed = result[outside], seeds[outside]
-    left, right = x >> half, x & low
+  outside = np.arange(len(result))
+  while len(outside):
+    digits, seed = list(np.divmod(result[outside], bases[1])), seeds[outside]
     for turn in range(4):
-      left, right = right, left ^ (mix(seed + (right << np.uint64(3)) + np.uint64(turn)) & low)
-    result[outside] = (left << half) | right
-    outside = result >= size
+      this, other = turn % 2, 1 - turn % 2
+      # Half of the bits leave room for the sum, which must not wrap around.
+      noise = mix(seed + digits[other]) >> _HALF
+      digits[this] = (digits[this] + noise) % bases[this]
+      seed = seed + GOLDEN
+    result[outside] = digits[0] * bases[1] + digits[1]
+    outside = outside[result[outside] >= size]
   return result.astype(np.int64)
 
 
@@ -53,7 +59,7 @@ class Loader:
     n = len(self.examples)
     places = step * self.size + np.arange(self.size, dtype=np.int64)
     epochs = places // n
-    seeds = keys(self.seed, epochs, np.zeros_like(epochs))
+    seeds = np.array([epoch_key(self.seed, e) for e in epochs.tolist()], np.uint64)
     return self.examples(permute(places % n, n, seeds), epochs)
 
 

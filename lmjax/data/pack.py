@@ -3,28 +3,36 @@
 b rows of a batch, L length; places are token numbers in the store.
 """
 
+import bisect
+
 import numpy as np
 
+from lmjax.data.pieces import Tokenizer
 from lmjax.data.store import Store
 
 
-def windows(store: Store, starts: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, ...]:
-  """Tokens int32[b, length] from each start on, and bool[b, length]: False outside the store."""
-  tokens = np.full((len(starts), length), pad, np.int32)
-  for row, start in enumerate(starts.tolist()):
-    first, last = max(start, 0), min(start + length, len(store))
-    if first < last:
-      tokens[row, first - start : last - start] = store.read(first, last)
-  places = starts[:, None] + np.arange(length)
-  return tokens, (places >= 0) & (places < len(store))
-
-
-def spans(store: Store, starts: np.ndarray, stops: np.ndarray, length: int, pad: int) -> np.ndarray:
-  """Tokens int32[b, length]: those of [start, stop) and then padding; at most `length` of them."""
-  tokens = np.full((len(starts), length), pad, np.int32)
-  for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-    tokens[row, : stop - start] = store.read(start, stop)
+def windows(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
+  """Tokens int32[b, length] from each start on, in a ring: after the last comes the first."""
+  n = len(store)
+  tokens = np.empty((len(starts), length), np.int32)
+  for row, start in zip(tokens, (starts % n).tolist(), strict=True):
+    filled = 0
+    while filled < length:
+      part = store.read(start, min(start + length - filled, n))
+      row[filled : filled + len(part)] = part
+      filled, start = filled + len(part), 0
   return tokens
+
+
+def spans(store: Store, bounds: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
+  """Rows int32[b, length] of [CLS], the tokens of one of the spans int64[b, 2], [SEP], padding."""
+  rows = np.full((len(bounds), length), tokenizer.pad, np.int32)
+  rows[:, 0] = tokenizer.cls
+  for row, (start, stop) in zip(rows, bounds.tolist(), strict=True):
+    end = 1 + stop - start
+    row[1:end] = store.read(start, stop)
+    row[end] = tokenizer.sep
+  return rows
 
 
 def document_segments(tokens: np.ndarray, real: np.ndarray, eos: int) -> tuple[np.ndarray, ...]:
@@ -44,22 +52,20 @@ def sentence_windows(store: Store, capacity: int) -> np.ndarray:
   """int64[n + 1] bounds of rows of full sentences, each of at most `capacity` tokens.
 
   Sentences are taken in order, across documents (RoBERTa's FULL-SENTENCES; Liu et al., 2019).
-  Nothing is dropped: a sentence longer than a row is cut.
+  Nothing is dropped: a sentence longer than a row is cut where rows end.
   """
   total, sentences = len(store), store.sentences
-  # For each sentence the last sentence start that its row can reach.
-  reach = np.searchsorted(sentences, sentences + capacity, side='right') - 1
-  farthest = sentences[reach].tolist()
-  index = dict(zip(sentences.tolist(), range(len(sentences)), strict=True))
+  # A sentence that no row can hold may be cut anywhere, so a row that it follows is filled with it.
+  long = np.flatnonzero(np.diff(sentences, append=total) > capacity)
+  cuttable = zip(
+    sentences[long].tolist(), np.append(sentences, total)[long + 1].tolist(), strict=True
+  )
+  fixed, ends = sentences.tolist(), dict(cuttable)
   bounds, place = [0], 0
   while total - place > capacity:
-    at = index.get(place)
-    if at is None:  # inside a sentence that was cut
-      after = np.searchsorted(sentences, place + capacity, side='right') - 1
-      target = int(sentences[after])
-    else:
-      target = farthest[at]
-    place = target if target > place else place + capacity
+    start = fixed[bisect.bisect_right(fixed, place + capacity) - 1]  # the last that is in reach
+    in_long = ends.get(start, start) > place + capacity
+    place = place + capacity if in_long else start
     bounds.append(place)
   return np.array([*bounds, total], np.int64)
 

@@ -98,7 +98,7 @@ class TfdsSource:
 
 
 def _open_python(spec: str, cache: str) -> TfdsSource:
-  tfds = streams.library('tensorflow_datasets')
+  tfds = streams.require('tensorflow_datasets')
   from lmjax.data import python_corpus
 
   directory, summary = python_corpus.prepare(cache)
@@ -119,7 +119,7 @@ def _open_tfds(spec: str, key: str) -> TfdsSource:
   for pattern in ('*/features.json', '*/*/features.json'):
     for path in (streams.path(data_dir) / name).glob(pattern):
       _refuse_foreign_code(path)
-  tfds = streams.library('tensorflow_datasets')
+  tfds = streams.require('tensorflow_datasets')
   elsewhere = (
     f'pip install "lmjax[tfds]" if its builder needs TensorFlow, or prepare it elsewhere with '
     f'file_format="array_record" and copy it below {data_dir}'

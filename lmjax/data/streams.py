@@ -71,7 +71,7 @@ def blaming(name: str) -> Iterator[None]:
     raise UserError(f'{name}: cannot be read ({e}); check it or fetch it again') from e
 
 
-def library(name: str) -> Any:
+def require(name: str) -> Any:
   """An optional or slow library, imported where it is needed."""
   try:
     return importlib.import_module(name)
@@ -115,7 +115,7 @@ def _gunzip(f: BinaryIO) -> Iterator[bytes]:
 
 
 def _unzstd(f: BinaryIO) -> Iterator[bytes]:
-  zstandard = library('zstandard')
+  zstandard = require('zstandard')
   frame = None
   try:
     while data := f.read(4096):  # so little cannot fill the memory in one step

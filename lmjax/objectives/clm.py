@@ -54,8 +54,9 @@ class Objective:
 class Windows:
   """The documents end to end, cut into windows of `length` inputs and as many targets.
 
-  In training the cuts move from epoch to epoch.  Nothing is dropped: the first and the last window
-  are padded.
+  In training they are a ring, whose cuts move from epoch to epoch, and each token is a target once
+  an epoch.  In evaluation the first token, which nothing precedes, is none.  The last window is
+  padded.
   """
 
   store: Store
@@ -65,24 +66,27 @@ class Windows:
   train: bool
   separate_documents: bool
 
+  @property
+  def _targets(self) -> int:
+    return len(self.store) - (0 if self.train else 1)
+
   def __len__(self) -> int:
-    return -(-(len(self.store) - 1) // self.length) + (1 if self.train else 0)
+    return -(-self._targets // self.length)
 
   def __call__(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
     starts = indices * self.length
+    weights = np.ones((len(starts), self.length), np.float32)
+    counts = np.minimum(self._targets - starts, self.length)
     if self.train:
-      noise = corrupt.keys(self.seed, np.zeros_like(epochs), epochs)
-      starts = starts - (noise % np.uint64(self.length)).astype(np.int64)
-    pad = self.tokenizer.pad or 0
-    tokens, real = pack.windows(self.store, starts, self.length + 1, pad)
-    batch = {
-      'tokens': tokens[:, :-1],
-      'targets': tokens[:, 1:],
-      'weights': (real[:, :-1] & real[:, 1:]).astype(np.float32),
-    }
+      starts = starts + [corrupt.epoch_key(self.seed, e) % len(self.store) for e in epochs.tolist()]
+    tokens = pack.windows(self.store, starts, self.length + 1)
+    for row in np.flatnonzero(counts < self.length):
+      tokens[row, counts[row] + 1 :] = self.tokenizer.pad or 0
+      weights[row, counts[row] :] = 0
+    batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': weights}
     if self.separate_documents:
       eos = self.tokenizer.eos
-      segments, positions = pack.document_segments(batch['tokens'], real[:, :-1], eos)
+      segments, positions = pack.document_segments(batch['tokens'], weights > 0, eos)
       batch |= {'segments': segments, 'positions': positions}
     return batch
 

@@ -112,7 +112,8 @@ class Rows:
     self.objective, self.store, self.tokenizer = objective, store, tokenizer
     self.length, self.seed = length, seed
     self.k = objective.predictions or math.ceil(objective.rate * length)
-    self.ordinary = np.flatnonzero(~tokenizer.special)
+    self.is_ordinary = ~tokenizer.special
+    self.ordinary = np.flatnonzero(self.is_ordinary)
     if objective.pairs:
       self._plan_pairs()
     else:
@@ -139,38 +140,31 @@ class Rows:
     o = self.objective
     make = self._pair_rows if o.pairs else self._sentence_rows
     clean, batch = make(self.items[indices % len(self.items)])
-    candidates = (batch['segments'] > 0) & ~self.tokenizer.special[clean]
+    candidates = np.take(self.is_ordinary, clean)
     noise = corrupt.keys(self.seed, indices, epochs if o.dynamic else np.zeros_like(epochs))
-    counts = np.minimum(np.maximum(1, np.rint(candidates.sum(axis=1) * o.rate)), self.k)
-    chosen = self._choose(candidates, counts.astype(np.int64), clean, noise)
-    shares = (o.mask_share, o.random_share)
+    counts = np.rint(candidates.sum(axis=1) * o.rate).astype(np.int64).clip(1, self.k)
+    chosen = self._choose(candidates, counts, clean, noise)
     places, weights = corrupt.gather_places(chosen, self.k)
-    mask = self.tokenizer.mask
+    mask, shares = self.tokenizer.mask, (o.mask_share, o.random_share)
     return batch | {
       'tokens': corrupt.replace(clean, chosen, mask, self.ordinary, shares, noise),
       'places': places,
-      'targets': np.take_along_axis(clean, places, axis=1),
+      'targets': clean[np.arange(len(clean))[:, None], places],
       'weights': weights,
     }
 
   def _choose(self, candidates, counts, clean, noise) -> np.ndarray:
     if self.objective.masking == 'token':
-      return corrupt.choose_tokens(candidates, counts, self.k, noise)
+      return corrupt.choose_tokens(candidates, counts, noise)
     choose = {'word': corrupt.choose_words, 'span': corrupt.choose_spans}[self.objective.masking]
     return choose(candidates, counts, self.tokenizer.starts_word[clean], noise)
 
   def _sentence_rows(self, items: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    starts, stops = items.T
-    t = self.tokenizer
-    tokens = np.full((len(items), self.length), t.pad, np.int32)
-    tokens[:, 0] = t.cls
-    tokens[:, 1:] = pack.spans(self.store, starts, stops, self.length - 1, t.pad)
-    ends = stops - starts + 1
-    np.put_along_axis(tokens, ends[:, None], t.sep, axis=1)
-    real = np.arange(self.length) <= ends[:, None]
+    tokens = pack.spans(self.store, items, self.length, self.tokenizer)
+    real = tokens != self.tokenizer.pad
     if not self.objective.separate_documents:
       return tokens, {'segments': real.astype(np.int32)}
-    segments, positions = pack.document_segments(tokens, real, t.eos)
+    segments, positions = pack.document_segments(tokens, real, self.tokenizer.eos)
     return tokens, {'segments': segments, 'positions': positions}
 
   def _pair_rows(self, items: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
