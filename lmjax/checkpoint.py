@@ -98,10 +98,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     return self.restore_subtree('', like, step)
 
-  def restore_params(self, like: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
-    """`restore` of the parameters alone, whatever else was saved; `like` is shaped like them."""
-    return self.restore_subtree('params', like, step)
-
   def restore_subtree(
     self, path: str, like: Any, step: int | None = None
   ) -> tuple[int, Any, dict] | None:

@@ -96,7 +96,7 @@ def choose(name: str, options: Mapping[str, Any]) -> Any:
 
 def _section(kind: str, name: str) -> ConfigDict:
   known = schema.knobs(kind)
-  if kind != 'optimizer' and name not in known:
+  if name not in known:
     raise UserError(f'there is no {kind} "{name}"{did_you_mean(name, known)}')
   section = ConfigDict({'name': name})
   for key, (type_, default) in known[name].items():

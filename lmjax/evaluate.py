@@ -2,17 +2,17 @@
 
 import json
 import math
-import operator
 from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from lmjax import config, sharding
 from lmjax.checkpoint import Checkpoints
-from lmjax.config import UserError
+from lmjax.config import UserError, did_you_mean
 from lmjax.data import loader
 from lmjax.experiment import Experiment, open_run
 
@@ -33,10 +33,15 @@ class Evaluator:
   def _evaluate(self, name: str, params: Any) -> dict[str, float]:
     c = self.parts.config
     batches = loader.eval_batches(self.parts.examples(name), c['batch'], c['evaluate']['batches'])
-    sums = None
+    fetched, running = [], None
     for batch in batches:
-      means = jax.device_get(self._step(params, self.parts.place(batch, self.mesh)))
-      sums = means if sums is None else jax.tree.map(operator.add, sums, means)
+      ahead = self._step(params, self.parts.place(batch, self.mesh))
+      if running is not None:  # fetched a batch late, so that the device always has work
+        fetched.append(jax.device_get(running))
+      running = ahead
+    fetched.append(jax.device_get(running))
+    # Float32 counts no further than 2^24 targets.
+    sums = jax.tree.map(lambda *parts: math.fsum(map(float, parts)), *fetched)
     terms, metrics = ({key: mean.compute() for key, mean in part.items()} for part in sums)
     values = {'loss': sum(terms.values()), **terms, **metrics}
     values['perplexity'] = math.exp(min(metrics['xent'], 700))  # exp(710) overflows
@@ -45,6 +50,18 @@ class Evaluator:
       tokens = self.parts.stores[name]
       values['bits_per_byte'] = metrics['xent'] / math.log(2) * len(tokens) / tokens.num_bytes
     return values
+
+
+def check_best(parts: Experiment) -> None:
+  """Raises a UserError where checkpoint.keep_best is nothing that evaluation reports."""
+  best, c = parts.config['checkpoint']['keep_best'], parts.config
+  apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
+  terms, metrics = jax.eval_shape(apply, nn.unbox(parts.boxed_shapes()), parts.abstract_batch())
+  names = ['loss', 'perplexity', *terms, *metrics]
+  names += ['bits_per_byte'] if parts.objective.scores_every_token else []
+  known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]
+  if best and best not in known:
+    raise UserError(f'checkpoint.keep_best = "{best}" is not reported{did_you_mean(best, known)}')
 
 
 def restore_params(
@@ -58,7 +75,7 @@ def restore_params(
     UserError: there is no checkpoint, or not that one, or it holds other parameters.
   """
   if like is None:
-    like = parts.abstract_params(mesh, next(iter(parts.config['data']['eval'])))
+    like = parts.abstract_params(mesh)
   with Checkpoints(epath.Path(workdir) / 'checkpoints', read_only=True) as checkpoints:
     path = checkpoints.average_path(step) if parts.optimizer.ema else 'params'
     restored = checkpoints.restore_subtree(path, like, step)
@@ -69,7 +86,7 @@ def restore_params(
 
 def run(workdir: str, step: int | None = None) -> dict[str, float]:
   """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
-  parts = open_run(workdir)
+  parts = open_run(workdir, evaluation=True)
   mesh = sharding.make_mesh()
   strategy = parts.config['sharding']['strategy']
   sharding.check_batch(parts.config['batch'], 1, mesh, strategy)

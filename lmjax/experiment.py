@@ -56,23 +56,29 @@ class Experiment:
     built = {
       k: store.build(s, self.tokenizer, self.config['cache']) for k, s in self.sources.items()
     }
-    for name, tokens in built.items():
-      if len(tokens) - 1 < self.config['length'] and name == 'train':
-        raise UserError(
-          f'{self.sources[name].spec} holds {len(tokens)} tokens: less than one window of '
-          f'length = {self.config["length"]}'
-        )
+    length = self.config['length']
+    if 'train' in built and len(built['train']) <= length:
+      spec, size = self.sources['train'].spec, len(built['train'])
+      raise UserError(f'{spec} holds {size} tokens: less than one window of length = {length}')
     return built
 
   @functools.cache  # noqa: B019, an experiment lives as long as the run
   def examples(self, name: str) -> Any:
     """The objective's rows of the training source ('train') or of an evaluation set."""
-    c, train = self.config, name == 'train'
-    return self.objective.examples(self.stores[name], self.tokenizer, c['length'], c['seed'], train)
+    c, t, train = self.config, self.tokenizer, name == 'train'
+    made = self.objective.examples(self.stores[name], t, c['length'], c['seed'], train)
+    if not len(made):
+      raise UserError(f'{self.sources[name].spec} is too short for a single example')
+    return made
 
-  def abstract_batch(self, name: str = 'train') -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a global batch, in which example 0 stands for all."""
-    rows = self.examples(name)(np.zeros(1, np.int64), np.zeros(1, np.int64))
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch, which are those of any text's."""
+    c, t = self.config, self.tokenizer
+    document = [np.flatnonzero(~t.special)[0]] * 8 + [t.eos]
+    tokens, starts = np.array(document * 2), np.array([0, 9, 18])
+    rows = self.objective.examples(
+      store.Store([tokens], starts, starts[:-1], 16, ''), t, c['length'], c['seed']
+    )(np.zeros(1, np.int64), np.zeros(1, np.int64))
     shape = lambda x: jax.ShapeDtypeStruct((self.config['batch'], *x.shape[1:]), x.dtype)
     return jax.tree.map(shape, rows)
 
@@ -85,13 +91,13 @@ class Experiment:
     """Parameters boxed with their axis names; trace it with jax.jit or jax.eval_shape."""
     return self.model.init({'params': key}, batch, train=False)['params']
 
-  def boxed_shapes(self, name: str = 'train') -> Any:
-    """What init_params makes of a batch of the named set, in shapes only."""
-    return jax.eval_shape(self.init_params, jax.random.key(0), self.abstract_batch(name))
+  def boxed_shapes(self) -> Any:
+    """What init_params makes, in shapes only."""
+    return jax.eval_shape(self.init_params, jax.random.key(0), self.abstract_batch())
 
-  def abstract_params(self, mesh: Mesh, name: str = 'train') -> Any:
+  def abstract_params(self, mesh: Mesh) -> Any:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
-    boxed = self.boxed_shapes(name)
+    boxed = self.boxed_shapes()
     shardings = sharding.param_shardings(boxed, mesh, self.config['sharding']['strategy'])
     struct = lambda box, place: jax.ShapeDtypeStruct(
       box.value.shape, box.value.dtype, sharding=place
@@ -99,29 +105,27 @@ class Experiment:
     return jax.tree.map(struct, boxed, shardings, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def prepare(config: Mapping[str, Any], saved_tokenizer: str = '', train: bool = True) -> Experiment:
-  """Opens every source and builds the core, touching no device.
-
-  Args:
-    config: resolved.
-    saved_tokenizer: a directory to load the tokenizer from; else it is trained, or found trained.
-    train: whether the training source is opened as well.
+def prepare(config: Mapping[str, Any]) -> Experiment:
+  """Opens every source and builds the core, touching no device.  `config` is resolved.
 
   Raises:
     UserError: whatever does not exist or does not fit together.
   """
   data = config['data']
-  objective, core, optimizer = _parts(config)
+  made = _parts(config)
   if 'train' in data['eval']:
     raise UserError('data.eval: "train" is the name of the training source; choose another')
-  names = ({'train': data['train']} if train else {}) | data['eval']
+  return Experiment(config, *made, _open(config, {'train': data['train'], **data['eval']}))
+
+
+def _open(config: Mapping[str, Any], specs: Mapping[str, str]) -> dict[str, sources.Source]:
+  data = config['data']
   options = dict(document=data['document'], text_key=data['text_key'], cache=config['cache'])
-  opened = {name: sources.open_source(spec, **options) for name, spec in names.items()}
-  return Experiment(config, objective, core, optimizer, opened, saved_tokenizer)
+  return {name: sources.open_source(spec, **options) for name, spec in specs.items()}
 
 
 class Sketch(Experiment):
-  """An experiment on two short documents: its shapes and programs are those of the real one."""
+  """An experiment without data: its shapes and programs are those of the real one."""
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -132,12 +136,6 @@ class Sketch(Experiment):
     """With a vocabulary of the size that the config asks for."""
     vocab_size = self.config['tokenizer'].get('vocab_size') or self.tokenizer.vocab_size
     return self.objective.model(self.core, vocab_size)
-
-  @functools.cached_property
-  def stores(self) -> dict[str, store.Store]:
-    text = 'A sketch stands for the corpus. Its rows have the shapes of all rows. ' * 3
-    documents = store.from_documents([text, text], self.tokenizer)
-    return dict.fromkeys(['train', *self.config['data']['eval']], documents)
 
 
 def sketch(config: Mapping[str, Any]) -> Sketch:
@@ -157,8 +155,8 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:
   return objectives.get(**config['objective']), models.get(**core), optimizer
 
 
-def open_run(workdir: str) -> Experiment:
-  """The experiment of an existing run, with its evaluation sets only.
+def open_run(workdir: str, evaluation: bool = False) -> Experiment:
+  """The experiment of an existing run, without data or with its evaluation sets.
 
   Raises:
     UserError: there is no run in `workdir`.
@@ -167,7 +165,8 @@ def open_run(workdir: str) -> Experiment:
   if not (path / 'config.json').exists():
     raise UserError(f'there is no run in {workdir}: it has no config.json')
   saved = json.loads((path / 'config.json').read_text())
-  return prepare(saved, saved_tokenizer=str(path / 'tokenizer'), train=False)
+  opened = _open(saved, saved['data']['eval'] if evaluation else {})
+  return Experiment(saved, *_parts(saved), opened, str(path / 'tokenizer'))
 
 
 def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:

@@ -110,9 +110,14 @@ class Log:
     steps: int,
     options: Mapping[str, Any],
     cost: Mapping[str, float],
+    saved: Callable[[], list[int]],
   ):
-    """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together."""
+    """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together.
+
+    `saved` says which steps have a checkpoint.
+    """
     self._steps, self._every, self._cost, self._workdir = steps, options['every'], cost, workdir
+    self._saved = saved
     self._files = {}
     for name in ('metrics', 'ledger'):
       path = workdir / f'{name}.jsonl'
@@ -194,12 +199,12 @@ class Log:
     sys.stdout.flush()
 
   def _check_finite(self, step: int, result: Mapping[str, Any]) -> None:
-    loss = sum(Mean(*term).compute() for term in result['terms'].values())
+    loss = sum(Mean(*term).compute() for term in result['terms'].values() if term[1])
     norm = float(result['optimizer']['grad_norm'])
     if not (math.isfinite(loss) and math.isfinite(norm)):
       before = ', '.join(f'{x:.4g}' for x in self._history) or 'none'
-      saved = sorted(int(p.name) for p in _steps(self._workdir / 'checkpoints'))
-      kept = f'checkpoint {saved[-1]} is the last good one' if saved else 'no checkpoint was saved'
+      saved = max(self._saved(), default=None)
+      kept = f'checkpoint {saved} is the last good one' if saved else 'no checkpoint was saved'
       raise NonFinite(
         f'step {step}: the loss is {loss} and the gradient norm {norm}; the losses before it were '
         f'{before}; {kept} in {self._workdir}'
@@ -219,15 +224,20 @@ def _short(key: str, value: float) -> str:
 
 
 def _average(terms: list, numbers: list) -> dict[str, float]:
-  """'train/<name>' -> value over some steps; 'train/loss' is the sum of the terms."""
+  """'train/<name>' -> value over some steps; 'train/loss' is the sum of the terms.
+
+  What had no weight in these steps, as pairs have none in a batch of padding, has no value.
+  """
   means = {}
   for part in (terms, numbers):
     for key in part[0]:
       total = Mean(0.0, 0.0)
       for result in part:
         total += Mean(*map(float, result[key]))
-      means[f'train/{key}'] = total.compute()
-  return {'train/loss': sum(means[f'train/{key}'] for key in terms[0]), **means}
+      if total.weight:
+        means[f'train/{key}'] = total.compute()
+  loss = sum(means.get(f'train/{key}', 0.0) for key in terms[0])
+  return {'train/loss': loss, **means}
 
 
 def _truncate(path: epath.Path, step: int) -> None:
@@ -248,7 +258,3 @@ def _write(path: epath.Path, text: str) -> None:
   scratch = path.parent / f'{path.name}.tmp'
   scratch.write_text(text)
   scratch.replace(path)
-
-
-def _steps(directory: epath.Path) -> list[epath.Path]:
-  return [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []

@@ -19,7 +19,7 @@ from lmjax import experiment, generate, metrics, optimizer, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
 from lmjax.data import loader
-from lmjax.evaluate import Evaluator, restore_params
+from lmjax.evaluate import Evaluator, check_best, restore_params
 from lmjax.experiment import Experiment
 
 # What may differ when a run is taken up again: it changes no number that the run would reach.
@@ -132,6 +132,7 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
   digests = _digests(parts, path)
+  check_best(parts)
   jax.config.update('jax_compilation_cache_dir', str(epath.Path(c['cache']).expanduser() / 'xla'))
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     return _train(parts, mesh, path, digests)
@@ -143,6 +144,10 @@ def _train(
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'])
+
+  def saved():
+    checkpoints.wait()
+    return checkpoints.steps()
 
   def load(step):
     batch = data.batch(step)
@@ -156,7 +161,8 @@ def _train(
     state = restored[1] if restored else _warm_start(parts, mesh, make_state())
     _describe(parts, path, digests)
     step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
-    log = stack.enter_context(metrics.Log(path, start, steps, c['log'], cost))
+    log = metrics.Log(path, start, steps, c['log'], cost, saved)
+    stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
     evaluator = Evaluator(parts, mesh)
     # A run killed after its last checkpoint has only this left to do.

@@ -94,14 +94,14 @@ def test_the_parameters_alone(tmp_path):
     assert_same_bits(
       checkpoints.restore_subtree('opt_state/3/average', like(state.params))[1], state.params
     )
-    _, params, _ = checkpoints.restore_params(like(state.params, 8))
+    _, params, _ = checkpoints.restore_subtree('params', like(state.params, 8))
     assert_same_bits(params, state.params)
     _, mu, _ = checkpoints.restore_subtree('opt_state/1/0/mu', like(state.params))
     assert_same_bits(mu, state.opt_state[1][0].mu)
     _, rng, _ = checkpoints.restore_subtree('rng', like(state.rng))
     assert_same_bits(rng, state.rng)
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
-    _, arrays, _ = checkpoints.restore_params(bare)
+    _, arrays, _ = checkpoints.restore_subtree('params', bare)
     assert isinstance(arrays['embedding'], np.ndarray)
     assert_same_bits(arrays, state.params)
 

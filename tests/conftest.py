@@ -6,7 +6,8 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
-os.environ.setdefault('TFDS_DATA_DIR', '/nonexistent')
+# No test may depend on data sets that this machine happens to have.
+os.environ['TFDS_DATA_DIR'] = '/nonexistent'
 
 import pathlib
 import random
