@@ -27,6 +27,8 @@ from lmjax import (
 )
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
+from lmjax.models import layers
+from tests.invariance_test import curve
 
 
 def lines(workdir, name) -> list[dict]:
@@ -261,6 +263,14 @@ def test_every_optimizer_trains_and_resumes(tiny, tmp_path, name):
   assert losses[-1] < 0.93 * losses[0], losses
   (tmp_path / 'result.json').unlink()
   train.run(c, str(tmp_path))  # from the last checkpoint: nothing is left to do but to evaluate
+
+
+@pytest.mark.parametrize('objective', ['clm', 'mlm'])
+@pytest.mark.parametrize('positions', layers.POSITIONS)
+def test_every_kind_of_positions_trains(parts, objective, positions):
+  overrides = {'model.positions': positions, 'optimizer.lr': 0.02}
+  losses = curve(parts(objective, steps=20, **overrides), devices=1, steps=20)[:, 0]
+  assert losses[-5:].mean() < 0.9 * losses[0], losses
 
 
 def test_diff_names_the_cause_first(finished, tiny, tmp_path):

@@ -76,10 +76,11 @@ def sentence_pairs(
   """int64[n, 5] rows (a_start, a_stop, b_start, b_stop, label): BERT's pairs of text segments.
 
   The recipe of Devlin et al., 2019: sentences of a document are gathered until they fill a row of
-  `capacity` tokens (with probability `short_prob`, a random shorter length); a random number of
-  them is A; B is what follows (label 0) or, half of the time, text from another document (label 1),
-  in which case the sentences not used are gathered again.  Pairs that are too long lose tokens at
-  the ends of their longer half.  `copies` repeats the corpus with other draws.
+  `capacity` tokens (in a share `short_prob` of the documents, of some random shorter length, drawn
+  once a document as in the authors' program); a random number of them is A; B is what follows
+  (label 0) or, half of the time, text from another document (label 1), in which case the sentences
+  not used are gathered again.  Pairs that are too long lose tokens at the ends of their longer
+  half.  `copies` repeats the corpus with other draws.
 
   `ordered`: B always follows A, and half of the pairs are swapped (label 1): the sentence-order
   prediction of Lan et al., 2020.
@@ -106,9 +107,9 @@ def _sentence_bounds(store: Store) -> list[list[int]]:
 def _document_pairs(documents, index, rng, capacity, short_prob, ordered) -> list[tuple[int, ...]]:
   document = documents[index]
   last = len(document) - 1  # the number of sentences
+  target = int(rng.integers(2, capacity + 1)) if rng.random() < short_prob else capacity
   pairs, begin = [], 0
   while begin < last:
-    target = int(rng.integers(2, capacity + 1)) if rng.random() < short_prob else capacity
     end = begin + 1
     while end < last and document[end] - document[begin] < target:
       end += 1

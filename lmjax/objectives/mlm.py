@@ -37,7 +37,7 @@ class Objective:
   dupe_factor: int = 1  # copies of the corpus, each with masks and pairs of its own
   next_sentence: bool = False  # sentence pairs: does the second follow the first?  (BERT)
   sentence_order: bool = False  # sentence pairs: are they in order?  (ALBERT; Lan et al., 2020)
-  short_seq_prob: float = 0.1  # pairs: share of rows that aim at a random shorter length
+  short_seq_prob: float = 0.1  # pairs: share of documents with rows of a shorter, random length
   pairs_per_row: int = 1  # pairs: at most so many share a row, one [CLS] each
   pair_length: int | None = None  # pairs: tokens in a pair at most; None: the row's length
   separate_documents: bool = False  # without pairs: attention never crosses documents
