@@ -13,13 +13,13 @@ VARIANTS = ('gpt', 'bert')
 
 def get_config(variant='gpt'):
   c = config.base(objective=config.choose(variant, {'gpt': 'clm', 'bert': 'mlm'}))
-  c.steps, c.batch, c.length = 400, 16, 128
+  c.steps, c.batch, c.length = 350, 16, 128
   c.tokenizer.update(vocab_size=4096, model_type='unigram')
   c.model.update(depth=4, dim=192, heads=4, positions='rotary', scan=False)
   # Muon learns from so few tokens what AdamW takes several times as many for.
   c.optimizer.update(name='muon', lr=2e-2, warmup_steps=20, clip=1.0)
   c.optimizer.args = {'adam_learning_rate': 6e-3}
-  c.checkpoint.every = c.evaluate.every = 120
+  c.checkpoint.every, c.evaluate.every = 50, 175
   c.log.every = 20
   if variant == 'gpt':
     c.log.sample = 'The function returns'
