@@ -71,7 +71,11 @@ def test_sentence_windows_lose_nothing_and_cut_only_what_is_too_long(capacity):
   assert sizes.min() > 0
   assert sizes.max() <= capacity
   starts = set(STORE.sentences.tolist())
-  longest = np.diff([*STORE.sentences, len(STORE)]).max()
+  lengths = np.diff([*STORE.sentences, len(STORE)])
+  longest = lengths.max()
+  # A row that is not full ends where a sentence begins that some row can hold.
+  begins = bounds[1:-1][sizes[:-1] < capacity]
+  assert (lengths[np.searchsorted(STORE.sentences, begins)] <= capacity).all()
   if capacity >= longest:
     assert set(bounds[:-1].tolist()) <= starts
     # Greedy: the next sentence would not have fitted.
