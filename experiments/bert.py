@@ -9,9 +9,7 @@ et al., 2019.  Pairs are drawn once and masks anew in every epoch.
 
 from lmjax import config
 
-# The paper's rate diverges for nobody but could be higher for small models.
-LEARNING_RATES = dict.fromkeys(('tiny', 'mini', 'small', 'medium', 'base', 'large'), 1e-4)
-VARIANTS = tuple(LEARNING_RATES)
+VARIANTS = ('tiny', 'mini', 'small', 'medium', 'base', 'large')
 
 
 def get_config(size='base'):
@@ -24,8 +22,9 @@ def get_config(size='base'):
   c.model.update(size=f'bert_{size}', dtype='bfloat16', initializer='bert', ffn='gelu')
   c.model.update(norm_position='post', norm_epsilon=1e-12, embed_norm=True)
   c.model.update(dropout=0.1, attention_dropout=0.1)
-  c.optimizer.lr = config.choose(size, LEARNING_RATES)
-  c.optimizer.update(schedule='linear', warmup_steps=10_000, weight_decay=0.01, clip=1.0, eps=1e-6)
+  c.optimizer.update(
+    lr=1e-4, schedule='linear', warmup_steps=10_000, weight_decay=0.01, clip=1.0, eps=1e-6
+  )
   c.evaluate.update(every=10_000, batches=20)
   c.checkpoint.update(every=5000, keep_every=100_000)
   return c

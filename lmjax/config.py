@@ -27,6 +27,7 @@ AT_LEAST_ONE = (
   *('steps', 'batch', 'micro_batches', 'length'),
   *('checkpoint.every', 'checkpoint.keep_last', 'evaluate.every', 'log.every'),
 )
+AT_LEAST_ZERO = ('seed', 'checkpoint.keep_every', 'evaluate.batches')
 
 
 class UserError(ValueError):
@@ -190,10 +191,10 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
       raise UserError(f'{key}.name = {section["name"]!r} is not str')
   complete = base(**{k: section['name'] for k, section in sections.items() if 'name' in section})
   _merge(complete, given, '')
-  for path in AT_LEAST_ONE:
+  for path in (*AT_LEAST_ONE, *AT_LEAST_ZERO):
     value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)
-    if value < 1:
-      raise UserError(f'{path} = {value} must be at least 1')
+    if value < (path in AT_LEAST_ONE):
+      raise UserError(f'{path} = {value} must be at least {int(path in AT_LEAST_ONE)}')
   if complete.batch % complete.micro_batches:
     raise UserError(
       f'batch = {complete.batch} does not divide into micro_batches = {complete.micro_batches}'
@@ -214,6 +215,8 @@ def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
     if section and path not in OPEN:
       _merge(into[key], value, path + '.')
       continue
+    if value is None and into[key] is not None:
+      raise UserError(f'{path} = None is not {into.get_type(key).__name__}')
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f'{path} = {value} is not a finite number')
     if isinstance(value, bool) and into.get_type(key) is not bool:

@@ -6,15 +6,14 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import config, sharding
+from lmjax import config, metrics, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError, did_you_mean
 from lmjax.data import loader
-from lmjax.experiment import Experiment, open_run
+from lmjax.experiment import Experiment, open_run, run_path
 
 
 class Evaluator:
@@ -42,22 +41,34 @@ class Evaluator:
     fetched.append(jax.device_get(running))
     # Float32 counts no further than 2^24 targets.
     sums = jax.tree.map(lambda *parts: math.fsum(map(float, parts)), *fetched)
-    terms, metrics = ({key: mean.compute() for key, mean in part.items()} for part in sums)
-    values = {'loss': sum(terms.values()), **terms, **metrics}
-    values['perplexity'] = math.exp(min(metrics['xent'], 700))  # exp(710) overflows
-    if self.parts.objective.scores_every_token:
+    terms, numbers = ({key: mean.compute() for key, mean in part.items()} for part in sums)
+    values = {'loss': sum(terms.values()), **terms, **numbers}
+    values['perplexity'] = math.exp(min(numbers['xent'], 700))  # exp(710) overflows
+    if self._encodes_all_text(name):
       # Of the original text, so that tokenizers compare; what a set leaves out counts as average.
       tokens = self.parts.stores[name]
-      values['bits_per_byte'] = metrics['xent'] / math.log(2) * len(tokens) / tokens.num_bytes
+      values['bits_per_byte'] = numbers['xent'] / math.log(2) * len(tokens) / tokens.num_bytes
     return values
+
+  def _encodes_all_text(self, name: str) -> bool:
+    """Whether the loss is that of the original text: of tokens that have lost nothing of it."""
+    t = self.parts.tokenizer
+    if not self.parts.objective.scores_every_token or t.name != 'characters':
+      return self.parts.objective.scores_every_token and t.lossless
+    return not any((shard == t.unk).any() for shard in self.parts.stores[name].shards)
 
 
 def check_best(parts: Experiment) -> None:
-  """Raises a UserError where checkpoint.keep_best is nothing that evaluation reports."""
+  """Raises a UserError where checkpoint.keep_best is nothing that every checkpoint would have."""
   best, c = parts.config['checkpoint']['keep_best'], parts.config
+  if best and c['checkpoint']['every'] % c['evaluate']['every']:
+    raise UserError(
+      f'checkpoint.keep_best needs checkpoint.every = {c["checkpoint"]["every"]} to be a multiple '
+      f'of evaluate.every = {c["evaluate"]["every"]}, so that every checkpoint is evaluated'
+    )
   apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
-  terms, metrics = jax.eval_shape(apply, nn.unbox(parts.boxed_shapes()), parts.abstract_batch())
-  names = ['loss', 'perplexity', *terms, *metrics]
+  terms, numbers = jax.eval_shape(apply, nn.unbox(parts.boxed_shapes()), parts.abstract_batch())
+  names = ['loss', 'perplexity', *terms, *numbers]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
   known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]
   if best and best not in known:
@@ -76,7 +87,7 @@ def restore_params(
   """
   if like is None:
     like = parts.abstract_params(mesh)
-  with Checkpoints(epath.Path(workdir) / 'checkpoints', read_only=True) as checkpoints:
+  with Checkpoints(run_path(workdir) / 'checkpoints', read_only=True) as checkpoints:
     path = checkpoints.average_path(step) if parts.optimizer.ema else 'params'
     restored = checkpoints.restore_subtree(path, like, step)
   if restored is None:
@@ -87,13 +98,14 @@ def restore_params(
 def run(workdir: str, step: int | None = None) -> dict[str, float]:
   """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
   parts = open_run(workdir, evaluation=True)
+  record.check_data(run_path(workdir), parts.digests)
   mesh = sharding.make_mesh()
   strategy = parts.config['sharding']['strategy']
   sharding.check_batch(parts.config['batch'], 1, mesh, strategy)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     step, params = restore_params(parts, workdir, mesh, step)
     values = {'step': step, **Evaluator(parts, mesh)(params)}
-  (epath.Path(workdir) / f'eval_{step}.json').write_text(json.dumps(values, indent=2))
+  metrics.write_json(run_path(workdir) / f'eval_{step}.json', values)
   return values
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +62,12 @@ class Experiment:
       spec, size = self.sources['train'].spec, len(built['train'])
       raise UserError(f'{spec} holds {size} tokens: less than one window of length = {length}')
     return built
+
+  @property
+  def digests(self) -> dict[str, str]:
+    """What the data are: name -> identity of a token store, and of the tokenizer."""
+    stores = {name: store.digest for name, store in self.stores.items()}
+    return {**stores, 'tokenizer': self.tokenizer.fingerprint}
 
   @functools.cache  # noqa: B019, an experiment lives as long as the run
   def examples(self, name: str) -> Any:
@@ -121,6 +128,9 @@ def prepare(config: Mapping[str, Any]) -> Experiment:
 def _open(config: Mapping[str, Any], specs: Mapping[str, str]) -> dict[str, sources.Source]:
   data = config['data']
   options = dict(document=data['document'], text_key=data['text_key'], cache=config['cache'])
+  for name, spec in specs.items():
+    if not isinstance(spec, str):
+      raise UserError(f'the source of "{name}" is {spec!r}, not a name or path')
   return {name: sources.open_source(spec, **options) for name, spec in specs.items()}
 
 
@@ -155,13 +165,24 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:
   return objectives.get(**config['objective']), models.get(**core), optimizer
 
 
+def run_path(workdir: str) -> epath.Path:
+  """The directory of a run, absolute, as Orbax wants it, or in a bucket."""
+  local = '://' not in workdir
+  path = epath.Path(os.path.abspath(os.path.expanduser(workdir)) if local else workdir)
+  try:
+    path.exists()
+  except ImportError as e:  # epath reads gs:// with gcsfs and s3:// with s3fs
+    raise UserError(f'{workdir}: {e}') from e
+  return path
+
+
 def open_run(workdir: str, evaluation: bool = False) -> Experiment:
   """The experiment of an existing run, without data or with its evaluation sets.
 
   Raises:
     UserError: there is no run in `workdir`.
   """
-  path = epath.Path(workdir)
+  path = run_path(workdir)
   if not (path / 'config.json').exists():
     raise UserError(f'there is no run in {workdir}: it has no config.json')
   saved = json.loads((path / 'config.json').read_text())

@@ -98,9 +98,8 @@ def continue_text(
     UserError: a model that is not causal, numbers out of range, more tokens than it has positions.
   """
   check_causal(parts)
-  t, core = parts.tokenizer, parts.core
-  ids = [t.eos, *t.encode(prompt)]  # the end of a text is what comes before every text
-  limit = core.max_length if core.positions == 'learned' else 1 << 30
+  t = parts.tokenizer
+  ids, limit = encode_prompt(parts, prompt)
   max_tokens = max(1, min(128, limit - len(ids))) if max_tokens is None else max_tokens
   _check(max_tokens, temperature, top_k, top_p)
   if len(ids) + max_tokens > limit:
@@ -116,6 +115,16 @@ def continue_text(
   new = jax.device_get(new_BL)[0].tolist()
   new = new[: new.index(t.eos)] if t.eos in new else new
   return t.decode(ids[1:] + new)
+
+
+def encode_prompt(parts: Experiment, prompt: str) -> tuple[list[int], int]:
+  """(ids, the most tokens that the model has positions for); UserError if none is left."""
+  t, core = parts.tokenizer, parts.core
+  ids = [t.eos, *t.encode(prompt)]  # the end of a text is what comes before every text
+  limit = core.max_length if core.positions == 'learned' else 1 << 30
+  if len(ids) >= limit:
+    raise UserError(f'the prompt of {len(ids)} tokens fills the {limit} positions of the model')
+  return ids, limit
 
 
 def check_causal(parts: Experiment) -> None:

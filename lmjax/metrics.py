@@ -70,11 +70,16 @@ def _count(jaxpr: Any) -> int:
 
 
 def peak_flops() -> float:
-  """FLOP/s of one device: from the table, or, on a CPU, as measured with a float32 product now."""
-  kind = jax.devices()[0].device_kind
+  """FLOP/s of one device: from the table, or, on a CPU, as measured with a float32 product now.
+
+  nan for an accelerator that the table does not know.
+  """
+  device = jax.devices()[0]
   for name, peak in PEAK.items():
-    if kind.startswith(name):
+    if device.device_kind.startswith(name):
       return peak
+  if device.platform != 'cpu':
+    return math.nan
   n = 1024
   x = jax.device_put(np.ones((n, n), np.float32))
   product = jax.jit(lambda a: a @ a)  # on all devices of the mesh at once, which share the cores
@@ -127,7 +132,7 @@ class Log:
     if options['tensorboard']:
       import tensorboardX  # takes 0.2 s to import
 
-      self._board = tensorboardX.SummaryWriter(str(workdir))
+      self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
     self._bar = tqdm.tqdm(
       total=steps, initial=start, unit='step', disable=not sys.stdout.isatty(), file=sys.stdout
     )
@@ -184,9 +189,10 @@ class Log:
     values |= {f'optimizer/{key}': float(x) for key, x in numbers[-1]['optimizer'].items()}
     values |= {
       'perf/tokens_per_second': rate * self._cost['tokens'],
-      'perf/mfu': rate * self._cost['flops'] / self._cost['peak'],
       'perf/data_wait': waited / seconds,
     }
+    if not math.isnan(self._cost['peak']):
+      values['perf/mfu'] = rate * self._cost['flops'] / self._cost['peak']
     self.write(steps[-1], values)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:

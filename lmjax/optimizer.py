@@ -63,6 +63,12 @@ class Optimizer:
     for key, value, options in (('schedule', self.schedule, SCHEDULES), ('name', self.name, known)):
       if value not in options:
         raise UserError(f'unknown optimizer.{key} "{value}"{did_you_mean(value, options)}')
+    for key, default, schedules in (
+      ('final_lr', 0.0, ('linear', 'cosine', 'wsd')),
+      ('decay_fraction', 0.2, ('wsd',)),
+    ):
+      if getattr(self, key) != default and self.schedule not in schedules:
+        raise UserError(f'optimizer.{key} is read by nothing with the {self.schedule} schedule')
     arguments = inspect.signature(known[self.name]).parameters
     free = set(arguments) - _OURS
     for key in self._given():

@@ -30,6 +30,16 @@ def describe(fingerprints: Mapping[str, str], devices: list[str]) -> dict[str, A
   }
 
 
+def check_data(workdir: epath.Path, digests: Mapping[str, str]) -> None:
+  """Raises a UserError where the data are not what they were when the run was begun."""
+  there = _read(workdir, 'record.json')['data']
+  for name, now in digests.items():
+    if there.get(name) != now:
+      raise UserError(
+        f'the data "{name}" changed since {workdir} was begun ({there.get(name)}, now {now})'
+      )
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """{'a': {'b': 1}} -> {'a.b': 1}."""
   flat = {}
@@ -62,13 +72,13 @@ def diff(first: str, second: str) -> Iterator[str]:
 
 
 def _first_difference(what: str, runs: list[list[dict]], value) -> Iterator[str]:
-  a, b = ({line['step']: value(line) for line in run} for run in runs)
+  a, b = ({line['step']: value(line) for line in run if value(line) is not None} for run in runs)
   steps = [step for step in sorted(a.keys() & b.keys()) if a[step] != b[step]]
   if steps:
     yield f'{what}: first differs at step {steps[0]}: {a[steps[0]]} | {b[steps[0]]}'
 
 
-def _read(directory: str, name: str) -> dict[str, Any]:
+def _read(directory: epath.PathLike, name: str) -> dict[str, Any]:
   path = epath.Path(directory) / name
   if not path.exists():
     raise UserError(f'there is no run in {directory}: it has no {name}')

@@ -22,7 +22,7 @@ from lmjax.data import loader
 from lmjax.evaluate import Evaluator, check_best, restore_params
 from lmjax.experiment import Experiment
 
-# What may differ when a run is taken up again: it changes no number that the run would reach.
+# What may differ when a run is taken up again: no parameter depends on it.
 FREE = ('cache', 'checkpoint', 'evaluate', 'log', 'sharding')
 
 
@@ -119,7 +119,7 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     NonFinite: the loss or gradient is no longer finite; the checkpoints before it are kept.
   """
   c = config_lib.resolve(config)
-  path = epath.Path(workdir).expanduser()
+  path = experiment.run_path(workdir)
   finished = _check_workdir(path, c)
   if finished:
     print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
@@ -127,12 +127,16 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   parts = experiment.prepare(c)
   if c['log']['sample']:
     generate.check_causal(parts)
-  if c['init_from']:
+  if c['init_from'] and not (path / 'config.json').exists():
     experiment.open_run(c['init_from'])
   mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
-  digests = _digests(parts, path)
+  digests = parts.digests
+  if (path / 'record.json').exists():
+    record.check_data(path, digests)
   check_best(parts)
+  if c['log']['sample']:
+    generate.encode_prompt(parts, c['log']['sample'])
   jax.config.update('jax_compilation_cache_dir', str(epath.Path(c['cache']).expanduser() / 'xla'))
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     return _train(parts, mesh, path, digests)
@@ -158,7 +162,7 @@ def _train(
     checkpoints = stack.enter_context(Checkpoints(path / 'checkpoints', **keep))
     restored = checkpoints.restore(like)
     start = restored[0] if restored else 0
-    state = restored[1] if restored else _warm_start(parts, mesh, make_state())
+    state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
     _describe(parts, path, digests)
     step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
     log = metrics.Log(path, start, steps, c['log'], cost, saved)
@@ -208,15 +212,17 @@ def _compile(parts: Experiment, step: Callable, like: TrainState, mesh: Mesh) ->
   cost = {
     'tokens': parts.config['batch'] * parts.config['length'],
     'flops': 3 * metrics.matmul_flops(apply, like.params, batch),  # backward is twice forward
-    'peak': metrics.peak_flops() * jax.device_count(),
+    'peak': metrics.peak_flops() * jax.device_count(),  # nan where nobody knows it
   }
   count = sum(x.size for x in jax.tree.leaves(like.params))
   print(f'{count:,} parameters; compiled the step in {seconds:.1f} s', flush=True)
   return compiled, cost
 
 
-def _warm_start(parts: Experiment, mesh: Mesh, state: TrainState) -> TrainState:
-  """The fresh state, with the parameters of another run where the config names one."""
+def _warm_start(
+  parts: Experiment, mesh: Mesh, state: TrainState, transform: optax.GradientTransformation
+) -> TrainState:
+  """The fresh state, or one that begins with the parameters of the run that the config names."""
   source = parts.config['init_from']
   if not source:
     return state
@@ -224,7 +230,10 @@ def _warm_start(parts: Experiment, mesh: Mesh, state: TrainState) -> TrainState:
   if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
     raise UserError(f'init_from = {source} was trained with another tokenizer')
   _, params = restore_params(other, source, mesh, like=jax.tree.map(_struct, state.params))
-  return state.replace(params=params)
+  # Averages of parameters begin with these as well.
+  places = jax.tree.map(lambda x: x.sharding, state.opt_state)
+  opt_state = jax.jit(transform.init, out_shardings=places)(params)
+  return state.replace(params=params, opt_state=opt_state)
 
 
 def _struct(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -271,22 +280,10 @@ def _check_workdir(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any
   return None
 
 
-def _digests(parts: Experiment, path: epath.Path) -> dict[str, str]:
-  """What the data are; UserError where they are not what they were when the run was begun."""
-  digests = {name: store.digest for name, store in parts.stores.items()}
-  digests['tokenizer'] = parts.tokenizer.fingerprint
-  if (path / 'record.json').exists():
-    there = json.loads((path / 'record.json').read_text())['data']
-    for name, (a, b) in record.differences(there, digests).items():
-      raise UserError(f'the data "{name}" changed since {path} was begun ({a}, now {b})')
-  return digests
-
-
 def _describe(parts: Experiment, path: epath.Path, digests: dict[str, str]) -> None:
   """Writes what the run is, once everything fits together; config.json, last, makes it a run."""
-  if (path / 'config.json').exists():
-    return
-  devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
-  parts.tokenizer.save(path / 'tokenizer')
-  metrics.write_json(path / 'record.json', record.describe(digests, devices))
+  if not (path / 'config.json').exists():
+    devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
+    parts.tokenizer.save(path / 'tokenizer')
+    metrics.write_json(path / 'record.json', record.describe(digests, devices))
   metrics.write_json(path / 'config.json', parts.config)

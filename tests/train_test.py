@@ -332,3 +332,57 @@ def test_a_run_needs_no_evaluation_set_and_generates_without_its_corpus(tiny, tm
   parts, mesh = experiment.open_run(str(tmp_path / 'run')), sharding.make_mesh()
   _, params = evaluate.restore_params(parts, str(tmp_path / 'run'), mesh)
   assert generate.continue_text(parts, params, 'The', 5).startswith('The')
+
+
+def test_a_relative_workdir_is_one(tiny, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  result = train.run(tiny('clm'), 'runs/relative')
+  assert evaluate.run('runs/relative')['eval/valid/loss'] == result['metrics']['eval/valid/loss']
+
+
+def test_averages_of_a_warm_start_begin_with_its_parameters(finished, tiny, tmp_path):
+  workdir, _, result = finished
+  c = tiny('clm', init_from=str(workdir), steps=3, **{'optimizer.lr': 1e-9, 'optimizer.ema': 0.999})
+  warm, loss = train.run(c, str(tmp_path / 'warm')), 'eval/valid/loss'
+  assert warm['metrics'][loss] == pytest.approx(result['metrics'][loss], rel=1e-4)
+
+
+def test_an_evaluation_set_that_changed_is_refused(tiny, tmp_path, corpus):
+  valid = tmp_path / 'valid.txt'
+  valid.write_text((corpus / 'valid.txt').read_text())
+  train.run(tiny('clm', **{'data.eval': {'valid': str(valid)}}), str(tmp_path / 'run'))
+  valid.write_text('Other text. ' * 40)
+  with pytest.raises(UserError, match='data "valid" changed'):
+    evaluate.run(str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'said'),
+  [
+    (
+      {'log.sample': 'A prompt longer than the 48 positions of the model'},
+      'fills the 48 positions',
+    ),
+    ({'checkpoint.keep_best': 'eval/valid/los'}, 'eval/valid/loss'),
+    (
+      {'checkpoint.keep_best': 'eval/valid/loss', 'checkpoint.every': 2},
+      'multiple of evaluate.every',
+    ),
+  ],
+)
+def test_what_the_end_of_a_run_needs_is_checked_at_its_beginning(tiny, tmp_path, overrides, said):
+  with pytest.raises(UserError, match=said):
+    train.run(tiny('clm', **overrides), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_bits_per_byte_are_left_out_where_the_tokens_lose_text(parts, tmp_path):
+  known, unknown = tmp_path / 'known.txt', tmp_path / 'unknown.txt'
+  text = pathlib.Path(parts('clm').config['data']['train']).read_text()
+  known.write_text(text[:2000])
+  unknown.write_text(text[:2000] + '☃')
+  sets = {'known': str(known), 'unknown': str(unknown)}
+  c = config.base(tokenizer='characters').to_dict()['tokenizer']
+  made = experiment.prepare({**parts('clm', **{'data.eval': sets}).config, 'tokenizer': c})
+  evaluator = evaluate.Evaluator(made, sharding.make_mesh())
+  assert [evaluator._encodes_all_text(name) for name in sets] == [True, False]

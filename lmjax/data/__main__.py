@@ -36,8 +36,9 @@ def _share_of_text(examples) -> float:
 
 
 def show(parts: experiment.Experiment, count: int) -> None:
-  t, indices = parts.tokenizer, np.arange(count)
-  rows = parts.examples('train')(indices, np.zeros_like(indices))
+  t, examples = parts.tokenizer, parts.examples('train')
+  indices = np.arange(min(count, len(examples)))
+  rows = examples(indices, np.zeros_like(indices))
   for index in indices:
     print(f'--- row {index}')
     for key, value in rows.items():
@@ -66,7 +67,10 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  if sys.argv[1:2] not in (['build'], ['show']) and '--help' not in sys.argv:
+  if '--help' in sys.argv:
+    print(__doc__)
+    sys.exit()
+  if sys.argv[1:2] not in (['build'], ['show']):
     print('lmjax: say what to do: build or show', file=sys.stderr)
     sys.exit(2)
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')

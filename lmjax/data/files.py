@@ -287,7 +287,7 @@ def _row_group(file: File, group: int, key: str) -> list[str]:
 
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator[Any]:
-  pa, pq = streams.require('pyarrow'), streams.library('pyarrow.parquet')
+  pa, pq = streams.require('pyarrow'), streams.require('pyarrow.parquet')
   try:
     with streams.blaming(file.path), streams.open_file(file) as f:
       yield pq.ParquetFile(f, page_checksum_verification=True)

@@ -8,13 +8,14 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from lmjax.data import streams
 
 SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 # CJK ideographs, extensions A to E, compatibility ideographs; kana and Hangul are words.
@@ -211,8 +212,8 @@ def fingerprint_of(name: str, model: bytes, options: dict[str, Any]) -> str:
 
 
 def as_path(directory: str | os.PathLike[str]) -> Any:
-  """Path objects stay what they are, so that those of cloud storage work too."""
-  return pathlib.Path(directory) if isinstance(directory, str) else directory
+  """Of a local disk or a bucket; path objects stay what they are."""
+  return streams.path(directory) if isinstance(directory, str) else directory
 
 
 def valid(text: str) -> str:

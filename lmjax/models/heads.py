@@ -27,7 +27,7 @@ class TokenHead(nn.Module):
       embed = layers.Embed(
         *shape, ('vocab', 'embed'), self.initializers, role='kernel', name='table'
       )
-    logits_BLV = embed.attend(x_BLD, self.dtype).astype(jnp.float32)
+    logits_BLV = embed.attend(x_BLD, self.dtype)
     if not self.bias:
       return logits_BLV
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))

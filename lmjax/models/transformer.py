@@ -120,6 +120,9 @@ class Transformer(nn.Module):
     for key in ('depth', 'dim', 'heads', 'kv_heads', 'ffn_dim', 'max_length'):
       if getattr(self, key) is not None and getattr(self, key) < 1:
         raise UserError(f'model.{key} = {getattr(self, key)} must be at least 1')
+    for key in ('window', 'norm_epsilon'):
+      if getattr(self, key) < 0:
+        raise UserError(f'model.{key} = {getattr(self, key)} must be at least 0')
     if self.dim % self.heads:
       raise UserError(f'model.dim = {self.dim} does not divide into model.heads = {self.heads}')
     if self.heads % (self.kv_heads or self.heads):

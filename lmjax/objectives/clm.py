@@ -32,6 +32,8 @@ class Objective:
   scores_every_token: ClassVar[bool] = True
 
   def __post_init__(self):
+    if self.z_loss < 0:
+      raise UserError(f'objective.z_loss = {self.z_loss} must be at least 0')
     if not 0 <= self.label_smoothing < 1:
       raise UserError(f'objective.label_smoothing = {self.label_smoothing} is not in [0, 1)')
 

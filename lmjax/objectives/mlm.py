@@ -59,6 +59,8 @@ class Objective:
     for key in ('rate', 'mask_share', 'random_share', 'short_seq_prob', 'label_smoothing'):
       if not 0 <= getattr(self, key) <= 1:
         raise UserError(f'objective.{key} = {getattr(self, key)} is not in [0, 1]')
+    if self.z_loss < 0:
+      raise UserError(f'objective.z_loss = {self.z_loss} must be at least 0')
     if self.rate == 0 or self.mask_share + self.random_share > 1:
       raise UserError('objective: rate must be above 0, and mask_share + random_share at most 1')
     if self.next_sentence and self.sentence_order:
@@ -92,10 +94,11 @@ class Objective:
   def examples(
     self, store: Store, tokenizer: Tokenizer, length: int, seed: int, train: bool = True
   ) -> 'Rows':
-    """train=False: 15 % of the tokens, one by one, and the same ones for every run."""
+    """train=False: 15 % of the tokens, one by one, corrupted alike in every run."""
     objective = self
     if not train:
       fixed = dict(rate=0.15, masking='token', predictions=None, dynamic=False, dupe_factor=1)
+      fixed |= dict(mask_share=0.8, random_share=0.1, short_seq_prob=0.1)
       objective, seed = dataclasses.replace(self, **fixed), 0
     return Rows(objective, store, tokenizer, length, seed)
 

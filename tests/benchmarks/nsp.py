@@ -1,6 +1,6 @@
 """BERT mini with next-sentence prediction, from its first loss to what it knows of held-out pairs.
 
-python tests/benchmarks/nsp.py --data DIR [--steps 300]
+python tests/benchmarks/nsp.py --data DIR [--steps 400]
 
 Every text in DIR is cut: the first nine tenths are trained on, the rest is held out.  Printed are
 the losses before the first step beside ln V and ln 2, and the held-out NSP accuracy beside what one
@@ -70,7 +70,7 @@ def first_losses(c: config.ConfigDict) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--data', required=True, type=pathlib.Path)
-  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--steps', type=int, default=400)
   a = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
     cut(a.data, pathlib.Path(scratch))
