@@ -74,4 +74,7 @@ def test_dropout_is_the_same_on_any_mesh(parts, devices):
   plain = curve(parts('clm'), 1, steps=2)
   dropped = curve(experiment, devices, steps=2)
   assert not np.allclose(plain[1], dropped[1], rtol=1e-3)
-  np.testing.assert_allclose(dropped, curve(experiment, 2, steps=2), rtol=1e-5)
+  other = curve(experiment, 2, steps=2)
+  np.testing.assert_allclose(dropped[:, 0], other[:, 0], rtol=1e-5)
+  # Adam's first update is nearly the sign of the gradient, rounding of tiny ones included.
+  np.testing.assert_allclose(dropped[:, 1], other[:, 1], rtol=1e-4)

@@ -189,6 +189,7 @@ def test_one_sentence_and_exit_code_2(files, tmp_path, name):
     (['generate', '--workdir', '/nowhere', '--top_k', 'many'], 'top_k'),
     (['record', 'diff', '/nowhere', '/nowhere'], 'no run in /nowhere'),
     (['data', 'show'], '--config'),
+    (['data', '--help'], 'build|show'),
     (['data', 'shew', '--config', CLM], 'show'),
   ],
   ids=lambda x: ' '.join(x) if isinstance(x, list) else '',

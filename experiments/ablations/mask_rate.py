@@ -2,6 +2,8 @@
 
 python -m lmjax.main --config experiments/ablations/mask_rate.py --workdir /tmp/lmjax/mask_rate
 
+This trains the first arm; sweep() lists all of them, each as overrides for the command line.
+
 Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
 Wettig et al., 2023, find 40 % better than 15 % for large models.
 """

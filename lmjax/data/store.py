@@ -13,7 +13,7 @@ interrupted build goes on where it stopped.
 """
 
 import bisect
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import itertools
@@ -155,8 +155,10 @@ def _build_shards(source, tokenizer, directory: epath.Path) -> None:
   bar = tqdm(total=len(jobs), desc=f'tokenize {source.spec}', unit='shard', disable=quiet)
   workers = min(len(jobs), os.cpu_count() or 1)
   if workers <= 1:
-    for job in jobs:
-      _build_shard(*job)
+    with bar:
+      for job in jobs:
+        _build_shard(*job)
+        bar.update()
     return
   # Workers start afresh: a forked child of a process that runs JAX threads may hang.
   context = multiprocessing.get_context('spawn')
@@ -166,6 +168,11 @@ def _build_shards(source, tokenizer, directory: epath.Path) -> None:
       for future in concurrent.futures.as_completed(futures):
         future.result()
         bar.update()
+    except concurrent.futures.process.BrokenProcessPool as e:
+      raise UserError(
+        'a process that tokenizes has died: either memory ran out, or a script of yours lacks '
+        "`if __name__ == '__main__':` before its work, which every such process imports"
+      ) from e
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
