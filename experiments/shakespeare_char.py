@@ -8,8 +8,8 @@ and `cpu` another initialiser;
 Shakespeare (1,115,394 characters) in ./input.txt; if it lies elsewhere, set data.train to
 'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to 'ELSEWHERE/input.txt#[90%:]'.
 
-Hardware: 2 CPU cores.  Time: `cpu` 154 s, `cpu_best` 147 s; nanoGPT beside them 160 s.  Result: loss
-on the whole validation text 1.751 and 1.675; nanoGPT's model 1.898.  `gpu`: not yet run.
+Hardware: 2 CPU cores.  Time: `cpu` 154 s, `cpu_best` 147 s; nanoGPT beside them 160 s.  Result:
+loss on the whole validation text 1.751 and 1.675; nanoGPT's model 1.898.  `gpu`: not yet run.
 """
 
 from lmjax import config
