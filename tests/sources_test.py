@@ -273,6 +273,7 @@ NO_TFDS = ['', '../up', 'a/..', 'a/../b:1.0.0', 'kaggle:a', 'a/b=1', 'Upper']
     *((spec, 'no file there') for spec in NOTHING),
     ('nothing.txt#[:9%]', 'no file there'),
     ('**a', 'not a glob'),
+    ('gs://bucket/**/*.txt', 'not read in a bucket'),
     *((f'a.txt#{tail}', 'no slice') for tail in NO_SLICE),
     ('a.txt#[:1%]', 'none of the 4 characters'),
     ('b.jsonl#[:1%]', 'none of the 2 documents'),

@@ -123,6 +123,8 @@ def _share(spec: str, text: str) -> tuple[fractions.Fraction, fractions.Fraction
 
 def _find(name: str) -> list[str]:
   """The regular, non-hidden files that a path, directory or glob names, sorted."""
+  if '://' in name and '**' in name:
+    raise UserError(f'{name}: ** is not read in a bucket, whose every name it would ask for; use *')
   with streams.blaming(name):
     root = streams.path(name)
     if root.is_file():
@@ -133,7 +135,7 @@ def _find(name: str) -> list[str]:
       root, paths = _glob(name)
     try:
       found = [os.fspath(p) for p in paths if not _hidden(p, root) and p.is_file()]
-    except (ValueError, NotImplementedError) as e:  # pathlib's and epath's for bad patterns
+    except ValueError as e:
       raise UserError(f'{name}: not a glob ({e}); name a directory or write another') from e
   if not found:
     raise UserError(f'{name}: no file there; a source is a path, a glob, "python" or "tfds:NAME"')
@@ -146,7 +148,7 @@ def _glob(name: str) -> tuple[Any, Iterator[Any]]:
   if not wild:
     return None, iter(())
   cut = name.rfind('/', 0, wild.start()) + 1
-  # pathlib knows ** where epath, with buckets in mind, refuses it.
+  # pathlib knows **, which epath refuses.
   kind = streams.path if '://' in name else pathlib.Path
   root = kind(os.fspath(streams.path(name[:cut] or '.')))
   return root, root.glob(name[cut:])
