@@ -61,7 +61,9 @@ class Evaluator:
 def check_best(parts: Experiment) -> None:
   """Raises a UserError where checkpoint.keep_best is nothing that every checkpoint would have."""
   best, c = parts.config['checkpoint']['keep_best'], parts.config
-  if best and c['checkpoint']['every'] % c['evaluate']['every']:
+  if not best:
+    return
+  if c['checkpoint']['every'] % c['evaluate']['every']:
     raise UserError(
       f'checkpoint.keep_best needs checkpoint.every = {c["checkpoint"]["every"]} to be a multiple '
       f'of evaluate.every = {c["evaluate"]["every"]}, so that every checkpoint is evaluated'
@@ -71,7 +73,7 @@ def check_best(parts: Experiment) -> None:
   names = ['loss', 'perplexity', *terms, *numbers]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
   known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]
-  if best and best not in known:
+  if best not in known:
     raise UserError(f'checkpoint.keep_best = "{best}" is not reported{did_you_mean(best, known)}')
 
 
