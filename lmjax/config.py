@@ -23,11 +23,11 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from lmjax import schema
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
-AT_LEAST_ONE = (
-  *('steps', 'batch', 'micro_batches', 'length'),
-  *('checkpoint.every', 'checkpoint.keep_last', 'evaluate.every', 'log.every'),
+LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
+LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length'), 1)
+LEAST |= dict.fromkeys(
+  ('checkpoint.every', 'checkpoint.keep_last', 'evaluate.every', 'log.every'), 1
 )
-AT_LEAST_ZERO = ('seed', 'checkpoint.keep_every', 'evaluate.batches')
 
 
 class UserError(ValueError):
@@ -191,10 +191,10 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
       raise UserError(f'{key}.name = {section["name"]!r} is not str')
   complete = base(**{k: section['name'] for k, section in sections.items() if 'name' in section})
   _merge(complete, given, '')
-  for path in (*AT_LEAST_ONE, *AT_LEAST_ZERO):
+  for path, least in LEAST.items():
     value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)
-    if value < (path in AT_LEAST_ONE):
-      raise UserError(f'{path} = {value} must be at least {int(path in AT_LEAST_ONE)}')
+    if value < least:
+      raise UserError(f'{path} = {value} must be at least {least}')
   if complete.batch % complete.micro_batches:
     raise UserError(
       f'batch = {complete.batch} does not divide into micro_batches = {complete.micro_batches}'
