@@ -70,11 +70,10 @@ def test_micro_batches_of_unequal_weight_are_not_averaged(parts):
 
 @pytest.mark.parametrize('devices', [1, 8])
 def test_dropout_is_the_same_on_any_mesh(parts, devices):
-  experiment = parts('clm', **{'model.dropout': 0.2, 'model.attention_dropout': 0.2})
-  plain = curve(parts('clm'), 1, steps=2)
+  # Adam's first update is nearly the sign of the gradient, rounding of tiny ones included.
+  sgd = {'optimizer.name': 'sgd', 'optimizer.lr': 0.5}
+  experiment = parts('clm', **sgd, **{'model.dropout': 0.2, 'model.attention_dropout': 0.2})
+  plain = curve(parts('clm', **sgd), 1, steps=2)
   dropped = curve(experiment, devices, steps=2)
   assert not np.allclose(plain[1], dropped[1], rtol=1e-3)
-  other = curve(experiment, 2, steps=2)
-  np.testing.assert_allclose(dropped[:, 0], other[:, 0], rtol=1e-5)
-  # Adam's first update is nearly the sign of the gradient, rounding of tiny ones included.
-  np.testing.assert_allclose(dropped[:, 1], other[:, 1], rtol=1e-4)
+  np.testing.assert_allclose(dropped, curve(experiment, 2, steps=2), rtol=1e-5)

@@ -32,7 +32,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def keys(seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
   """uint64[b] from a seed and, for each row, its example and epoch."""
-  key = mix(_constant([seed]) + GOLDEN)
+  key = mix(np.array([seed], np.uint64) + GOLDEN)
   for part in (indices, epochs):
     key = mix(key + GOLDEN * (part.astype(np.uint64) + _ONE))
   return key
