@@ -2,7 +2,7 @@
 
 python -m lmjax.main --config experiments/quickstart.py --workdir /tmp/lmjax/quickstart
 
-Hardware: 2 hyper-threads of a shared CPU.  Time: 8 minutes with corpus, tokenizer and evaluations,
+Hardware: 2 shared CPU cores.  Time: 8 minutes with corpus, tokenizer and evaluations,
 about 4.5 of them training.  Result: 1.783 bits per byte of validation text (CPython 3.11.7), where
 xz -9 has 1.641.  The BERT: masked-LM loss 4.29, accuracy 0.314.
 """

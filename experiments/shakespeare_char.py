@@ -3,10 +3,10 @@
 python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp/lmjax/shakespeare
 
 `gpu` and `cpu` have the sizes, batches, schedules and dropout of nanoGPT's two published settings,
-and `cpu` another initialiser;
-`cpu_best` is a recipe of our own for as much time as the second takes.  The text is Karpathy's tiny
-Shakespeare (1,115,394 characters) in ./input.txt; if it lies elsewhere, set data.train to
-'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to 'ELSEWHERE/input.txt#[90%:]'.
+and `cpu` an initialiser of its own; `cpu_best` is a recipe of ours for as much time as the second
+takes.  The text is Karpathy's tiny Shakespeare (1,115,394 characters) in ./input.txt; if it lies
+elsewhere, set data.train to 'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to
+'ELSEWHERE/input.txt#[90%:]'.
 
 Hardware: 2 CPU cores.  Time: `cpu` 154 s, `cpu_best` 147 s; nanoGPT beside them 160 s.  Result:
 loss on the whole validation text 1.751 and 1.675; nanoGPT's model 1.898.  `gpu`: not yet run.
