@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from lmjax import models, objectives, sharding
-from lmjax.config import UserError
+from lmjax.config import UserError, base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
 from lmjax.optimizer import Optimizer
@@ -122,7 +122,12 @@ def prepare(config: Mapping[str, Any]) -> Experiment:
   made = _parts(config)
   if 'train' in data['eval']:
     raise UserError('data.eval: "train" is the name of the training source; choose another')
-  return Experiment(config, *made, _open(config, {'train': data['train'], **data['eval']}))
+  opened = _open(config, {'train': data['train'], **data['eval']})
+  read = set().union(*(source.reads for source in opened.values()))
+  for key, kind in (('document', 'plain text'), ('text_key', 'JSONL, Parquet or TFDS')):
+    if key not in read and data[key] != base().data[key]:
+      raise UserError(f'data.{key} = "{data[key]}" is read by nothing: no source is {kind}')
+  return Experiment(config, *made, opened)
 
 
 def _open(config: Mapping[str, Any], specs: Mapping[str, str]) -> dict[str, sources.Source]:

@@ -75,6 +75,17 @@ MISTAKES = {
   'unknown strategy': (CLM, {'sharding.strategy': 'replicat'}, 'replicate'),
   'unknown masking': (BERT, {'objective.masking': 'words'}, 'word'),
   'key that nothing reads': (BERT, {'objective.pair_length': 9}, 'read by nothing'),
+  'kind of document that nothing reads': (CLM, {'data.document': 'line'}, 'read by nothing'),
+  'text key that nothing reads': (
+    CLM,
+    {'data.train': '{}/good.txt', 'data.text_key': 'body'},
+    'read by nothing',
+  ),
+  'trainer of a vocabulary that is given': (
+    CLM,
+    {'tokenizer.path': '{}/garbage.model', 'tokenizer.model_type': 'unigram'},
+    'read by nothing',
+  ),
   'optimizer key that nothing reads': (
     CLM,
     {'optimizer.name': 'sgd', 'optimizer.b1': 0.9},
@@ -114,12 +125,12 @@ MISTAKES = {
   ),
   'tokenizer file missing': (
     CLM,
-    {'tokenizer.path': '{}/none.model', 'tokenizer.vocab_size': 0},
+    {'tokenizer.path': '{}/none.model', 'tokenizer.model_type': 'bpe'},
     'none.model',
   ),
   'tokenizer file is garbage': (
     CLM,
-    {'tokenizer.path': '{}/garbage.model', 'tokenizer.vocab_size': 0},
+    {'tokenizer.path': '{}/garbage.model', 'tokenizer.model_type': 'bpe'},
     'garbage.model',
   ),
   'one document for next_sentence': (

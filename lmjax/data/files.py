@@ -55,6 +55,10 @@ class FileSource:
   def __len__(self) -> int:
     return self.stop - self.start
 
+  @property
+  def reads(self) -> set[str]:
+    return {'text_key' if file.unit in ('jsonl', 'parquet') else 'document' for file in self.files}
+
   def __getitem__(self, i: int) -> str:
     if not 0 <= i < len(self):
       raise IndexError(f'{self.spec}: no document {i} of {len(self)}')
@@ -271,8 +275,7 @@ def _index_parquet(file: File, key: str) -> array.array:
     starts = array.array('q', (0,))
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
       if group.total_byte_size > streams.MAX_FILE:
-        limit = f'{streams.MAX_FILE >> 30} GiB'
-        raise UserError(f'{file.path}: a row group of more than {limit}; write smaller ones')
+        raise UserError(f'{file.path}: a row group above {streams.MAX_FILE >> 30} GiB; split it')
       starts.append(starts[-1] + group.num_rows)
     return starts
 

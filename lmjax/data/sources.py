@@ -37,6 +37,10 @@ class Source(Protocol):
   spec: str
   fingerprint: str  # 16 hex digits that change when the documents or their order do
 
+  @property
+  def reads(self) -> set[str]:
+    """Those of `document` and `text_key` that make a difference to it."""
+
   def __len__(self) -> int: ...
 
   def __getitem__(self, i: int) -> str: ...
@@ -81,6 +85,10 @@ class TfdsSource:
   fingerprint: str
   text_key: str
   records: Any  # what builder.as_data_source(split) returns
+
+  @property
+  def reads(self) -> set[str]:
+    return {'text_key'} if self.spec.startswith('tfds:') else set()
 
   def __len__(self) -> int:
     return len(self.records)

@@ -150,11 +150,18 @@ def get(name: str, texts: Texts, **kwargs: Any) -> Tokenizer:
   """The tokenizer of kind `name`, trained on one reading of `texts` unless `path` names a file."""
   if name not in KINDS:
     raise UserError(f'there is no tokenizer "{name}"{did_you_mean(name, KINDS)}')
-  known = [key for key in inspect.signature(KINDS[name]).parameters if key != 'texts']
+  knobs = inspect.signature(KINDS[name]).parameters
+  known = [key for key in knobs if key != 'texts']
   for key in kwargs:
     if key not in known:
       raise UserError(
         f'the {name} tokenizer has no option "{key}"{did_you_mean(key, known or ["none"])}'
+      )
+  for key in ('model_type', 'sample_megabytes') if kwargs.get('path') else ():
+    if key in kwargs and kwargs[key] != knobs[key].default:
+      raise UserError(
+        f'tokenizer.{key} is read by nothing where tokenizer.path names a file: '
+        f'set it to {knobs[key].default}, its default'
       )
   return KINDS[name](texts, **kwargs)
 
