@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from lmjax.data import loader
+from lmjax.models import layers
 
 PAIRS = {'objective.next_sentence': True}
 OBJECTIVES = {
@@ -88,8 +89,9 @@ def test_evaluation_examples_are_fixed(parts, name):
 
 
 @every_objective
-def test_initial_loss_is_that_of_knowing_nothing(parts, name):
-  experiment = make(parts, name)
+@pytest.mark.parametrize('initializer', layers.INITS)
+def test_initial_loss_is_that_of_knowing_nothing(parts, name, initializer):
+  experiment = make(parts, name, **{'model.initializer': initializer})
   params, batch = init(experiment)
   terms, metrics = jax.jit(lambda p, b: experiment.model.apply({'params': p}, b, train=False))(
     params, batch

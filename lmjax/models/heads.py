@@ -24,9 +24,7 @@ class TokenHead(nn.Module):
   def __call__(self, x_BLD: jax.Array, embed: layers.Embed) -> jax.Array:
     if not self.tied:
       shape = (self.vocab_size, x_BLD.shape[-1])
-      embed = layers.Embed(
-        *shape, ('vocab', 'embed'), self.initializers, role='kernel', name='table'
-      )
+      embed = layers.Embed(*shape, ('vocab', 'embed'), self.initializers, role='head', name='table')
     logits_BLV = embed.attend(x_BLD, self.dtype)
     if not self.bias:
       return logits_BLV
@@ -46,7 +44,8 @@ class Classifier(nn.Module):
     d = x_BPD.shape[-1]
     shared = dict(initializers=self.initializers, dtype=self.dtype)
     pooler = layers.Linear((d,), (d,), ('embed', 'mlp'), **shared, name='pooler')
-    classes = layers.Linear((d,), (self.classes,), ('embed', 'classes'), **shared, name='classes')
+    axes = ('embed', 'classes')
+    classes = layers.Linear((d,), (self.classes,), axes, role='head', **shared, name='classes')
     return classes(jnp.tanh(pooler(x_BPD))).astype(jnp.float32)
 
 
