@@ -1,7 +1,11 @@
 """The token store: lossless, reusable, resumable, and particular about its tokenizer."""
 
 import dataclasses
+import multiprocessing
+import os
+import pathlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +106,50 @@ def test_a_store_of_another_tokenizer_is_refused(source, tmp_path):
     store.open_store(path, other)
   with pytest.raises(UserError, match='no finished token store'):
     store.open_store(str(tmp_path), BYTES)
+
+
+def test_a_damaged_store_is_a_sentence(source, tmp_path):
+  path = store.build(source, BYTES, str(tmp_path)).path
+  tokens = pathlib.Path(path) / 'shard-00002' / 'tokens.npy'
+  for break_it in (lambda: tokens.write_bytes(tokens.read_bytes()[:50]), tokens.unlink):
+    break_it()
+    with pytest.raises(UserError, match=f'token store {path} is damaged .* remove it'):
+      store.build(source, BYTES, str(tmp_path))
+
+
+class Slow:
+  """A source that never ends, whose readers say who they are."""
+
+  spec = fingerprint = 'slow'
+
+  def __init__(self, directory):
+    self.directory = directory
+
+  def __len__(self):
+    return 2
+
+  def __getitem__(self, i):
+    (self.directory / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_no_worker_outlives_a_killed_build(tmp_path):
+  readers = tmp_path / 'readers'
+  readers.mkdir()
+  main = multiprocessing.get_context('spawn').Process(
+    target=store.build, args=(Slow(readers), BYTES, str(tmp_path))
+  )
+  main.start()
+  while len(workers := [int(p.name) for p in readers.iterdir()]) < min(2, os.cpu_count()):
+    assert main.is_alive()
+    time.sleep(0.05)
+  assert main.pid not in workers
+  main.kill()
+  main.join()
+  ended = time.monotonic() + 20
+  while any(pathlib.Path(f'/proc/{pid}').exists() for pid in workers):
+    assert time.monotonic() < ended
+    time.sleep(0.05)
 
 
 def test_digest_is_of_the_content(source, tmp_path):

@@ -90,6 +90,7 @@ def prepare(cache: str) -> tuple[pathlib.Path, dict]:
   try:
     if not (final / 'corpus.json').exists():
       root.mkdir(parents=True, exist_ok=True)
+      print('collecting the texts that this Python carries', flush=True)
       _prepare(root, config, final)
     return final / _FORMAT, json.loads((final / 'corpus.json').read_text())
   except OSError as e:

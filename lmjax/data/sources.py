@@ -156,11 +156,12 @@ def _tfds_source(spec: str, builder: Any, split: str, key: str, identity: str) -
   try:
     records = builder.as_data_source(split)
     size = len(records)
+    _ = size and records[0]  # files are opened by reading
   except Exception as e:  # of many kinds
     splits = ', '.join(sorted(builder.info.splits))
     raise UserError(
       f'{spec}: cannot read split "{split}" ({_brief(e)}); the data set in {builder.data_dir} has '
-      f'the splits {splits}'
+      f'the splits {splits}; if it is damaged, delete it to have it prepared again'
     ) from e
   parts = json.dumps([identity, split, size, key])
   fingerprint = hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()

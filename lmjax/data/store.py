@@ -21,7 +21,9 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
 
@@ -152,7 +154,9 @@ def _build_shards(source, tokenizer, directory: epath.Path) -> None:
   from tqdm import tqdm  # only a build needs it
 
   quiet = not sys.stderr.isatty()
-  bar = tqdm(total=len(jobs), desc=f'tokenize {source.spec}', unit='shard', disable=quiet)
+  if quiet:
+    print(f'tokenizing {source.spec}', flush=True)
+  bar = tqdm(total=len(jobs), desc=f'tokenizing {source.spec}', unit='shard', disable=quiet)
   workers = min(len(jobs), os.cpu_count() or 1)
   if workers <= 1:
     with bar:
@@ -162,7 +166,8 @@ def _build_shards(source, tokenizer, directory: epath.Path) -> None:
     return
   # Workers start afresh: a forked child of a process that runs JAX threads may hang.
   context = multiprocessing.get_context('spawn')
-  with bar, concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+  executor = concurrent.futures.ProcessPoolExecutor(workers, context, _live_no_longer_than_parent)
+  with bar, executor as pool:
     futures = [pool.submit(_build_shard, *job) for job in jobs]
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -176,6 +181,17 @@ def _build_shards(source, tokenizer, directory: epath.Path) -> None:
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
+
+
+def _live_no_longer_than_parent() -> None:
+  """In a worker: its queue does not tell it that the parent was killed; Ctrl-C is the parent's."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _build_shard(source, tokenizer, path: str, start: int, stop: int) -> None:
@@ -230,11 +246,15 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
 
 def _load(path: epath.Path) -> np.ndarray:
   """Mapped into memory from a local disk; read whole from a bucket."""
-  if '://' not in str(path):
-    # Slices of a plain array are made ten times faster than those of an np.memmap.
-    return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
-  with path.open('rb') as file:
-    return np.load(file, allow_pickle=False)
+  try:
+    if '://' not in str(path):
+      # Slices of a plain array are made ten times faster than those of an np.memmap.
+      return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
+    with path.open('rb') as file:
+      return np.load(file, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as e:
+    store = path.parent.parent
+    raise UserError(f'the token store {store} is damaged ({e}): remove it to have it built') from e
 
 
 def _hash(*parts) -> str:

@@ -157,13 +157,14 @@ def get(name: str, texts: Texts, **kwargs: Any) -> Tokenizer:
       raise UserError(
         f'the {name} tokenizer has no option "{key}"{did_you_mean(key, known or ["none"])}'
       )
+  made = KINDS[name](texts, **kwargs)
   for key in ('model_type', 'sample_megabytes') if kwargs.get('path') else ():
     if key in kwargs and kwargs[key] != knobs[key].default:
       raise UserError(
         f'tokenizer.{key} is read by nothing where tokenizer.path names a file: '
         f'set it to {knobs[key].default}, its default'
       )
-  return KINDS[name](texts, **kwargs)
+  return made
 
 
 def load(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -175,7 +176,9 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
     if fingerprint_of(*made) == about['fingerprint']:
       return build(*made)
   except OSError as error:
-    raise UserError(f'no tokenizer can be read in {directory}: {error.strerror}') from error
+    raise UserError(
+      f'no tokenizer can be read in {directory}: {error.strerror}; in a cache, remove the directory'
+    ) from error
   except (ValueError, KeyError, TypeError):
     pass
   raise UserError(f'the tokenizer in {directory} is damaged; remove it to have it built again')
