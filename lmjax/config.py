@@ -9,9 +9,12 @@ sweep imports no JAX and touches no device.
 import difflib
 import functools
 import importlib.util
+import inspect
 import itertools
 import math
+import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -149,17 +152,33 @@ def _experiment(spec: str) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location('experiment', file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if argument and not inspect.signature(module.get_config).parameters:
+      raise UserError(f'{file} takes no argument, and "{argument}" was given')
     config = module.get_config(*([argument] if argument else []))
   except UserError:
     raise
   except Exception as e:
-    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(file)]
     line = lines[-1] if lines else getattr(e, 'lineno', 1)
     what = str(e).strip('\'"').splitlines()[0] if str(e) else ''
+    if wrong := re.match('Key "(.+?)" does not exist', what):  # ml_collections shows all there is
+      what = wrong[0] + did_you_mean(wrong[1], _every_key())
     raise UserError(f'{file}, line {line}: {type(e).__name__}: {what}') from e
   if not isinstance(config, ConfigDict):
     raise UserError(f'get_config() of {file} returns {type(config).__name__}, not a ConfigDict')
   return config
+
+
+def _every_key() -> set[str]:
+  """The keys of all sections, whatever they are for."""
+  kinds = map(schema.knobs, ('objective', 'model', 'tokenizer', 'optimizer'))
+  keys = {key for kind in kinds for knobs in kind.values() for key in knobs}
+  trees = [base()]
+  for tree in trees:
+    keys.update(tree)
+    trees += [value for value in tree.values() if isinstance(value, ConfigDict)]
+  return keys
 
 
 def _check_overrides(config: ConfigDict, argv: list[str]) -> None:
@@ -169,6 +188,9 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> None:
     if not (argument.startswith('-') and flag.startswith('config.')):
       continue
     for depth, key in enumerate(path):
+      if (section := '.'.join(path[:depth])) in OPEN and key not in tree:
+        whole = f'--config.{section}=\'{{"{key}": …}}\''
+        raise UserError(f'{section} has no "{key}" yet; give the section as a whole: {whole}')
       if not isinstance(tree, ConfigDict) or key not in tree:
         known = tree if isinstance(tree, ConfigDict) else ()
         wrong = '.'.join(path[: depth + 1])
@@ -266,6 +288,9 @@ def run_command(main: Callable[[], None], argv: list[str] | None = None) -> None
   try:
     parse_flags(argv)
     main()
+  except KeyboardInterrupt:
+    print('\nlmjax: interrupted; what was saved is kept', file=sys.stderr, flush=True)
+    sys.exit(130)
   except Exception as e:
     if not hasattr(e, 'exit_code'):
       raise  # a bug of ours: traceback, exit code 1

@@ -43,7 +43,8 @@ class Evaluator:
     sums = jax.tree.map(lambda *parts: math.fsum(map(float, parts)), *fetched)
     terms, numbers = ({key: mean.compute() for key, mean in part.items()} for part in sums)
     values = {'loss': sum(terms.values()), **terms, **numbers}
-    values['perplexity'] = math.exp(min(numbers['xent'], 700))  # exp(710) overflows
+    if 'xent' in numbers:
+      values['perplexity'] = math.exp(min(numbers['xent'], 700))  # exp(710) overflows
     if self._encodes_all_text(name):
       # Of the original text, so that tokenizers compare; what a set leaves out counts as average.
       tokens = self.parts.stores[name]
@@ -70,7 +71,7 @@ def check_best(parts: Experiment) -> None:
     )
   apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
   terms, numbers = jax.eval_shape(apply, nn.unbox(parts.boxed_shapes()), parts.abstract_batch())
-  names = ['loss', 'perplexity', *terms, *numbers]
+  names = ['loss', *terms, *numbers, *(['perplexity'] if 'xent' in numbers else [])]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
   known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]
   if best not in known:

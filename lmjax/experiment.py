@@ -206,6 +206,7 @@ def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:
   directory = epath.Path(config['cache']).expanduser() / 'tokenizers' / digest
   if directory.exists():
     return tokenizer.load(str(directory))
+  print(f'training the tokenizer {options["name"]} on {source.spec}', flush=True)
   made = tokenizer.get(texts=texts, **options)
   scratch = epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp')
   scratch.mkdir(parents=True)

@@ -131,7 +131,9 @@ def check_causal(parts: Experiment) -> None:
   """Raises a UserError where the experiment does not train a model that continues texts."""
   if not parts.objective.causal:
     name = parts.config['objective']['name']
-    raise UserError(f'only a causal model continues a text, and "{name}" trains another kind')
+    raise UserError(
+      f'only a causal model continues a prompt, be it of log.sample or yours: "{name}" trains none'
+    )
 
 
 def _check(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -220,7 +220,9 @@ class Log:
 
 def line(step: int, values: Mapping[str, float], steps: int | None = None) -> str:
   """A line for a person: the step and the short names of the numbers."""
-  shown = {k: v for k, v in values.items() if not k.startswith('perf/') or 'tokens' in k}
+  loss = [x for key, x in values.items() if key.endswith('/loss')]  # may be its only term as well
+  new = {key: x for key, x in values.items() if key.endswith('/loss') or x not in loss}
+  shown = {key: x for key, x in new.items() if not key.startswith('perf/') or 'tokens' in key}
   words = [f'{key.removeprefix("train/")} {_short(key, x)}' for key, x in shown.items()]
   return f'step {step}{f"/{steps}" if steps else ""}  ' + '  '.join(words)
 

@@ -101,7 +101,8 @@ class Optimizer:
       start = steps - max(1, round(self.decay_fraction * steps))
     if kind != 'constant' and not self.warmup_steps <= start < steps:
       raise UserError(
-        f'{self.warmup_steps} warm-up steps of {steps} leave the {kind} schedule no room to decay'
+        f'optimizer.warmup_steps = {self.warmup_steps} of {steps} steps leave the {kind} schedule '
+        'no room to decay'
       )
 
     def schedule(count):

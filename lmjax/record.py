@@ -108,6 +108,9 @@ def _commit() -> str:
 
 
 def main() -> None:
+  if '--help' in sys.argv:
+    print(__doc__)
+    return
   if len(sys.argv) != 4 or sys.argv[1] != 'diff':
     print(__doc__, file=sys.stderr)
     sys.exit(2)

@@ -50,7 +50,10 @@ def _attributes(path: pathlib.Path, class_name: str) -> Knobs:
 
 def _knob(annotation: ast.expr, default: ast.expr | None) -> tuple[type, Any]:
   types = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': ConfigDict}
-  type_ = types[ast.unparse(annotation).removesuffix(' | None').split('[')[0]]
+  name = ast.unparse(annotation).removesuffix(' | None')
+  if name not in types:
+    raise TypeError(f'a knob is of type {", ".join(types)} or one of these | None, not {name}')
+  type_ = types[name]
   if type_ is ConfigDict:
     return type_, ConfigDict()
   return type_, default and ast.literal_eval(default)

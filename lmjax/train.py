@@ -162,6 +162,8 @@ def _train(
     checkpoints = stack.enter_context(Checkpoints(path / 'checkpoints', **keep))
     restored = checkpoints.restore(like)
     start = restored[0] if restored else 0
+    if restored:
+      print(f'resuming at step {start} of {steps}', flush=True)
     state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
     _describe(parts, path, digests)
     step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)

@@ -1,8 +1,10 @@
 """A config is what its author meant, or it is refused."""
 
+import ast
+
 import pytest
 
-from lmjax import config, models, objectives
+from lmjax import config, models, objectives, schema
 from lmjax.config import UserError
 from lmjax.optimizer import Optimizer
 
@@ -103,6 +105,12 @@ def test_the_knobs_are_those_of_the_rooms():
     models.get(**c['model'] | {'size': 'bert_tiny'}, unheard_of=1)
 
 
+def test_a_knob_of_another_type_is_named():
+  field = ast.parse('rates: tuple[float, ...] = ()').body[0]
+  with pytest.raises(TypeError, match=r'not tuple\[float, \.\.\.\]'):
+    schema._knob(field.annotation, field.value)
+
+
 def test_top_level_keys_are_read():
   """Every other key occurs in the library by name."""
   import pathlib
@@ -132,6 +140,8 @@ def test_overrides_are_typed():
     (QUICK, {'steps': '1e3'}, 'steps=1e3'),
     (QUICK, {'model.scan': 'maybe'}, 'model.scan=maybe'),
     (QUICK, {'model': 3}, 'model=3'),
+    (QUICK, {'optimizer.args.b3': 3}, r'as a whole: --config.optimizer.args=\'{"b3": '),
+    ('experiments/ablations/mask_rate.py:high', {}, 'takes no argument, and "high" was given'),
   ],
 )
 def test_mistakes_on_the_command_line(spec, overrides, said):
@@ -148,7 +158,7 @@ def test_mistakes_on_the_command_line(spec, overrides, said):
     ('def get_config():\n  return {}', 'not a ConfigDict'),
     (
       BASE + '  c.optimzer = 3\n  return c',
-      'line 4: AttributeError',
+      'line 4: AttributeError: Key "optimzer" does not exist.*"optimizer"',
     ),
     (
       BASE + '  c.model.dim = "x"\n  return c',
@@ -156,11 +166,12 @@ def test_mistakes_on_the_command_line(spec, overrides, said):
     ),
   ],
 )
-def test_mistakes_in_the_file_name_file_and_line(tmp_path, text, said):
-  file = tmp_path / 'broken.py'
-  file.write_text(text)
+@pytest.mark.parametrize('file', ['broken.py', '{}/broken.py'])
+def test_mistakes_in_the_file_name_file_and_line(tmp_path, monkeypatch, text, said, file):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'broken.py').write_text(text)
   with pytest.raises(UserError, match=said) as error:
-    config.load(str(file))
+    config.load(file.format(tmp_path))
   assert 'broken.py' in str(error.value)
   assert '\n' not in str(error.value)
 

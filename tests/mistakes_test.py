@@ -95,7 +95,7 @@ MISTAKES = {
   'kv heads do not divide': (CLM, {'model.kv_heads': 3}, 'kv_heads = 3'),
   'micro-batches do not divide': (CLM, {'micro_batches': 7}, 'micro_batches = 7'),
   'batch does not divide over devices': (CLM, {'batch': 3}, 'try 2 or 4'),
-  'warm-up longer than the run': (CLM, {'optimizer.warmup_steps': 10**6}, 'warm-up'),
+  'warm-up longer than the run': (CLM, {'optimizer.warmup_steps': 10**6}, 'optimizer.warmup_steps'),
   'length beyond the positions': (CLM, {'model.max_length': 8}, 'max_length = 8'),
   'dropout of one': (CLM, {'model.dropout': 1.0}, 'dropout'),
   'missing file': (CLM, {'data.train': '{}/none.txt'}, 'none.txt'),

@@ -247,8 +247,11 @@ def test_muon_orthogonalises_the_flattened_matrix():
     ({'b2': 1.0}, 'optimizer.b2'),
     ({'warmup_steps': 1.5}, 'optimizer.warmup_steps must be an integer from 0 to below inf'),
     ({'weight_decay': True}, 'optimizer.weight_decay'),
-    ({'warmup_steps': 100}, '100 warm-up steps of 100 leave the cosine schedule no room'),
-    ({'schedule': 'wsd', 'warmup_steps': 90}, '90 warm-up steps of 100 leave the wsd schedule'),
+    ({'warmup_steps': 100}, 'warmup_steps = 100 of 100 steps leave the cosine schedule no'),
+    (
+      {'schedule': 'wsd', 'warmup_steps': 90},
+      'warmup_steps = 90 of 100 steps leave the wsd schedule',
+    ),
   ],
 )
 def test_mistakes_are_sentences(kwargs, sentence):

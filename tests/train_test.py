@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -158,14 +159,18 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, objective, at):
   assert_same_run(tmp_path / 'straight', tmp_path / 'broken')
 
 
-def test_kill_9_and_the_same_command_again(tiny, tmp_path):
-  c = tiny('clm', steps=150, **{'checkpoint.every': 10, 'evaluate.every': 150, 'log.every': 5})
-  file = tmp_path / 'experiment.py'
-  file.write_text(
+def as_file(c, directory) -> str:
+  """The flag that names an experiment file with this config."""
+  (directory / 'experiment.py').write_text(
     'import json\nfrom ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict(json.loads({json.dumps(c)!r}))\n'
   )
-  command = [sys.executable, '-m', 'lmjax.main', f'--config={file}', '--workdir']
+  return f'--config={directory / "experiment.py"}'
+
+
+def test_kill_9_and_the_same_command_again(tiny, tmp_path):
+  c = tiny('clm', steps=150, **{'checkpoint.every': 10, 'evaluate.every': 150, 'log.every': 5})
+  command = [sys.executable, '-m', 'lmjax.main', as_file(c, tmp_path), '--workdir']
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
   run = functools.partial(subprocess.run, check=True, capture_output=True, env=environment)
@@ -177,7 +182,7 @@ def test_kill_9_and_the_same_command_again(tiny, tmp_path):
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   assert not (broken / 'result.json').exists()
-  run([*command, str(broken)], timeout=300)
+  assert b'resuming at step ' in run([*command, str(broken)], timeout=300).stdout
   assert_same_run(straight, broken)
 
 
@@ -386,3 +391,33 @@ def test_bits_per_byte_are_left_out_where_the_tokens_lose_text(parts, tmp_path):
   made = experiment.prepare({**parts('clm', **{'data.eval': sets}).config, 'tokenizer': c})
   evaluator = evaluate.Evaluator(made, sharding.make_mesh())
   assert [evaluator._encodes_all_text(name) for name in sets] == [True, False]
+
+
+def test_ctrl_c_is_a_sentence(tiny, tmp_path):
+  command = [sys.executable, '-m', 'lmjax.main', as_file(tiny('clm', steps=10_000), tmp_path)]
+  process = subprocess.Popen([*command, f'--workdir={tmp_path / "run"}'], stderr=subprocess.PIPE)
+  while not (tmp_path / 'run' / 'checkpoints' / '3').exists():
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  said = process.communicate(timeout=60)[1].decode()
+  assert process.returncode == 130, said
+  assert said.strip() == 'lmjax: interrupted; what was saved is kept'
+
+
+def test_an_objective_without_cross_entropy_has_no_perplexity(parts):
+  made, mesh = parts('mlm'), sharding.make_mesh()
+  params, model = train.init_state(made, mesh)[2]().params, made.model
+
+  def apply(variables, batch, train):
+    terms, numbers = model.apply(variables, batch, train=train)
+    return terms, {'mlm_accuracy': numbers['mlm_accuracy']}
+
+  vars(made)['model'] = types.SimpleNamespace(apply=apply)
+  values = evaluate.Evaluator(made, mesh)(params)
+  assert set(values) == {f'eval/valid/{key}' for key in ('loss', 'mlm', 'mlm_accuracy')}
+
+
+def test_a_line_shows_the_loss_once():
+  values = {'train/loss': 2.5, 'train/clm': 2.5, 'train/xent': 2.5, 'optimizer/lr': 1.0}
+  assert metrics.line(3, values, 9) == 'step 3/9  loss 2.5  optimizer/lr 1'

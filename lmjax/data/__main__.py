@@ -32,7 +32,8 @@ def _share_of_text(examples) -> float:
   """The share of places that are no padding, in up to 1,000 rows spread over the corpus."""
   indices = np.unique(np.linspace(0, len(examples) - 1, 1000).astype(np.int64))
   rows = examples(indices, np.zeros_like(indices))
-  return (rows['segments'] > 0 if 'segments' in rows else rows['weights']).mean()
+  weights = next(value for key, value in rows.items() if key.endswith('weights'))
+  return (rows.get('segments', weights) > 0).mean()
 
 
 def show(parts: experiment.Experiment, count: int) -> None:
@@ -59,6 +60,8 @@ def main() -> None:
   command, f = sys.argv[1], flags.FLAGS
   if f.config is None:
     raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
+  if f.rows < 1:
+    raise UserError(f'--rows={f.rows} must be at least 1')
   parts = experiment.prepare(config.resolve(f.config))
   if command == 'build':
     build(parts)

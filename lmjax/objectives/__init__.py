@@ -9,13 +9,15 @@ section `objective`.  It has
       train=False gives the fixed examples on which runs are compared.
   model(core, vocab_size) -> linen Module
       called as module(batch, train) -> (terms, metrics), both dict[str, Mean].  The loss is the sum
-      of the terms' means over the global batch.
+      of the terms' means over the global batch.  A metric `xent`, the plain cross-entropy of the
+      predicted tokens, gives perplexity, and bits per byte where every token is scored.
   check(tokenizer, length, core)
       raises a UserError where the parts do not fit, before any work is done.
-  causal, scores_every_token: what generation and bits per byte need to know.
+  causal: whether the model continues texts; then it has a method `logits` (see clm.py).
+  scores_every_token: whether `xent` is of all tokens of a text, so that it has bits per byte.
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0
-marks what is not there.  Losses are in nats.
+marks what is not there.  `segments`, where there are any, are 0 at padding.  Losses are in nats.
 """
 
 import importlib
