@@ -32,12 +32,12 @@ def bert_init(role: str, fan_in: int, depth: int) -> Initializer:
 def fan_in_init(role: str, fan_in: int, depth: int) -> Initializer:
   """LeCun: variance 1 / fan-in; what is added to the residual stream / sqrt(2 depth).
 
-  Tables and heads are normal(0.02): with variance 1 / fan-in the first loss would be ln V + 1/2.
+  Tables are normal(0.02) and heads have variance 1 / fan-in^2 (Yang et al., 2022): with 1 / fan-in
+  for these as well, the first loss would be ln V + 1/2.
   """
-  if role in ('embedding', 'positions', 'head'):
-    return nn.initializers.normal(0.02)
-  scale = 1 / math.sqrt(2 * depth) if role == 'residual' else 1.0
-  return nn.initializers.normal(scale / math.sqrt(fan_in))
+  scales = {'residual': 1 / math.sqrt(2 * depth), 'head': 1 / math.sqrt(fan_in)}
+  std = scales.get(role, 1.0) / math.sqrt(fan_in)
+  return nn.initializers.normal(0.02 if role in ('embedding', 'positions') else std)
 
 
 INITS = {'gpt2': gpt2_init, 'bert': bert_init, 'fan_in': fan_in_init}

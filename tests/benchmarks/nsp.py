@@ -1,6 +1,6 @@
 """BERT mini with next-sentence prediction, from its first loss to what it knows of held-out pairs.
 
-python tests/benchmarks/nsp.py --data DIR [--steps 250]
+python tests/benchmarks/nsp.py --data DIR [--steps 200]
 
 Each text in DIR is a document, and a tenth of it is held out.  Printed are the first losses beside
 ln V and ln 2, and the accuracy on held-out pairs beside that of one answer to all.
@@ -10,7 +10,9 @@ import argparse
 import gzip
 import json
 import math
+import os
 import pathlib
+import sys
 import tempfile
 import time
 
@@ -20,6 +22,7 @@ import numpy as np
 from lmjax import config, experiment, sharding, train
 from lmjax.data import loader
 from lmjax.evaluate import Evaluator
+from lmjax.main import MALLOC
 
 
 def cut(data: pathlib.Path, into: pathlib.Path) -> None:
@@ -76,7 +79,7 @@ def first_losses(c: config.ConfigDict) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--data', required=True, type=pathlib.Path)
-  parser.add_argument('--steps', type=int, default=250)
+  parser.add_argument('--steps', type=int, default=200)
   a = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
     cut(a.data, pathlib.Path(scratch))
@@ -91,4 +94,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  if not MALLOC.keys() & os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
   main()
