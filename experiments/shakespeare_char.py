@@ -8,8 +8,8 @@ takes.  The text is Karpathy's tiny Shakespeare (1,115,394 characters) in ./inpu
 elsewhere, set data.train to 'ELSEWHERE/input.txt#[:90%]' and data.eval.validation to
 'ELSEWHERE/input.txt#[90%:]'.
 
-Hardware: 2 CPU cores.  Time: `cpu` 154 s, `cpu_best` 147 s; nanoGPT beside them 160 s.  Result:
-loss on the whole validation text 1.751 and 1.675; nanoGPT's model 1.898.  `gpu`: not yet run.
+Hardware: 2 CPU cores.  Time: `cpu` 150 s, `cpu_best` 139 s; nanoGPT beside them 172 s.  Result:
+loss on the whole validation text 1.772 and 1.653; nanoGPT's model 1.898.  `gpu`: not yet run.
 """
 
 from lmjax import config
@@ -37,7 +37,7 @@ def cpu(c):
   gpu(c)
   c.steps, c.batch, c.length = 2000, 12, 64
   c.model.update(depth=4, dim=128, heads=4, dropout=0.0, attention_dropout=0.0)
-  # GPT-2's normal(0.02) is for its 768 dims: with 128 it ends at 1.91, variance 1 / fan-in at 1.75.
+  # GPT-2's normal(0.02) is for its 768 dims: with 128 it ends at 1.91, variance 1 / fan-in at 1.77.
   c.model.update(dtype='float32', scan=False, initializer='fan_in')
   c.evaluate.update(every=2000)
   c.checkpoint.every = 2000
