@@ -40,6 +40,14 @@ def files(tmp_path_factory) -> pathlib.Path:
     "  c.model.size = 'bert_tiny'\n"
     '  return c\n'
   )
+  (root / 'wordpiece.py').write_text(
+    'from lmjax import config\n'
+    'def get_config(objective):\n'
+    "  c = config.base(objective=objective, tokenizer='wordpiece')\n"
+    f"  c.tokenizer.update(path='{root}/vocab.txt', vocab_size=0)\n"
+    "  c.model.size = 'bert_tiny'\n"
+    '  return c\n'
+  )
   return root
 
 
@@ -82,8 +90,8 @@ MISTAKES = {
     'read by nothing',
   ),
   'trainer of a vocabulary that is given': (
-    CLM,
-    {'tokenizer.path': '{}/garbage.model', 'tokenizer.model_type': 'unigram'},
+    '{}/wordpiece.py:mlm',
+    {'data.train': '{}/good.txt', 'tokenizer.sample_megabytes': 2.0},
     'read by nothing',
   ),
   'optimizer key that nothing reads': (
