@@ -485,7 +485,8 @@ def test_python_corpus_is_deterministic_and_two_may_prepare_at_once(corpus_cache
   outputs = [process.communicate(timeout=100) for process in both]
   splits = ('train', 'validation')
   here = [open_source(f'python#{s}', cache=corpus_cache).fingerprint for s in splits]
-  assert outputs == [(' '.join(here) + '\n', '')] * 2, 'neither another hash nor any noise'
+  said = f'collecting the texts that this Python carries\n{" ".join(here)}\n'
+  assert outputs == [(said, '')] * 2, 'neither another hash nor any noise'
   there = open_source('python#validation', cache=cache)
   assert texts_of(there) == texts_of(open_source('python#validation', cache=corpus_cache))
 
