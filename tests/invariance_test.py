@@ -77,3 +77,17 @@ def test_dropout_is_the_same_on_any_mesh(parts, devices):
   dropped = curve(experiment, devices, steps=2)
   assert not np.allclose(plain[1], dropped[1], rtol=1e-3)
   np.testing.assert_allclose(dropped, curve(experiment, 2, steps=2), rtol=1e-5)
+
+
+def test_dropout_is_drawn_anew_in_every_step(parts):
+  still = {'optimizer.name': 'sgd', 'optimizer.lr': 0.0, 'model.dropout': 0.2}
+  experiment, mesh = parts('clm', **still), sharding.make_mesh(jax.devices()[:1])
+  with jax.set_mesh(mesh), sharding.logical_axes('replicate'):
+    _, transform, make_state = train.init_state(experiment, mesh)
+    state, step = make_state(), jax.jit(train.make_step(experiment, transform))
+    batch = loader.Loader(experiment.examples('train'), experiment.config['batch'], 0).batch(0)
+    losses = []
+    for _ in range(3):
+      state, numbers = step(state, batch)
+      losses.append(float(numbers['terms']['clm'].total))
+  assert len(set(losses)) == 3
