@@ -27,10 +27,8 @@ from lmjax import schema
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
-LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length'), 1)
-LEAST |= dict.fromkeys(
-  ('checkpoint.every', 'checkpoint.keep_last', 'evaluate.every', 'log.every'), 1
-)
+LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
+LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
 
 
 class UserError(ValueError):

@@ -22,6 +22,12 @@ MALLOC = {
 }
 
 
+def keep_freed_memory() -> None:
+  """Begins the process again with MALLOC, unless the environment says otherwise."""
+  if not MALLOC.keys() & os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
+
+
 def main() -> None:
   if flags.FLAGS.config is None:
     raise config.UserError('name an experiment with --config FILE.py[:ARGUMENT]')
@@ -34,8 +40,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  if not MALLOC.keys() & os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
+  keep_freed_memory()
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
   config.run_command(main)

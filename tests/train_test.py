@@ -394,9 +394,14 @@ def test_bits_per_byte_are_left_out_where_the_tokens_lose_text(parts, tmp_path):
 
 
 def test_ctrl_c_is_a_sentence(tiny, tmp_path):
-  command = [sys.executable, '-m', 'lmjax.main', as_file(tiny('clm', steps=10_000), tmp_path)]
+  # A shell's background jobs, and all their children, ignore the signal unless told otherwise.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  # Without a save in flight, of which Orbax would say that it was cut off.
+  c = tiny('clm', steps=10**6, **{'checkpoint.every': 10**6, 'evaluate.every': 10**6})
+  command = [sys.executable, '-m', 'lmjax.main', as_file(c, tmp_path)]
   process = subprocess.Popen([*command, f'--workdir={tmp_path / "run"}'], stderr=subprocess.PIPE)
-  while not (tmp_path / 'run' / 'checkpoints' / '3').exists():
+  metrics_file = tmp_path / 'run' / 'metrics.jsonl'
+  while not metrics_file.exists() or not metrics_file.read_text():
     assert process.poll() is None
     time.sleep(0.01)
   process.send_signal(signal.SIGINT)

@@ -10,9 +10,7 @@ import argparse
 import gzip
 import json
 import math
-import os
 import pathlib
-import sys
 import tempfile
 import time
 
@@ -22,7 +20,7 @@ import numpy as np
 from lmjax import config, experiment, sharding, train
 from lmjax.data import loader
 from lmjax.evaluate import Evaluator
-from lmjax.main import MALLOC
+from lmjax.main import keep_freed_memory
 
 
 def cut(data: pathlib.Path, into: pathlib.Path) -> None:
@@ -94,6 +92,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  if not MALLOC.keys() & os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
+  keep_freed_memory()
   main()
