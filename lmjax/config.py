@@ -71,6 +71,11 @@ def base(
 
   c.sharding = ConfigDict()
   c.sharding.strategy = 'replicate'  # a row of sharding.RULES
+  c.sharding.replica = 1  # sizes of the mesh's axes, outermost first: slices of a pod, …
+  c.sharding.data = -1  # … and within each these; one may be -1, for all the others leave
+  c.sharding.sequence = 1
+  c.sharding.model = 1
+  c.sharding.max_unsharded = 0.1  # a larger share of parameters whole on every device is an error
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 500  # steps between checkpoints; the last step is always saved
@@ -271,8 +276,7 @@ def chain(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrid
 def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
   if isinstance(part, list):
     return part
-  axes = [[{key: value} for value in values] for key, values in part.items()]
-  return [{k: v for axis in c for k, v in axis.items()} for c in itertools.product(*axes)]
+  return [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -1,36 +1,97 @@
-"""Where things lie: a strategy maps logical axes to mesh axes, and that is all there is to it."""
+"""Where things lie: a strategy maps logical axes to mesh axes, and that is all there is to it.
+
+* replicate: parameters whole on every device, each of which has its rows of the batch.
+* zero: so, but the optimizer's state is sharded (Rajbhandari et al., 2020, stage 1).
+* fsdp: parameters too, gathered where they are used (stage 3): one dimension over `data` and, where
+  the mesh has it, another over `model`, which takes rows of the batch as well.
+* tensor: products over `model` (Shoeybi et al., 2019), and what lies between the blocks by length
+  (Korthikanti et al., 2022).
+* fsdp+tensor: both, parameters in two dimensions.
+* sequence: long rows over `sequence`, whose keys and values are gathered; parameters as in fsdp.
+
+`replica` is the outermost axis, over slices that are joined by a slower network: rows of the batch.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax.config import UserError, did_you_mean
 
 MESH_AXES = ('replica', 'data', 'sequence', 'model')
+Rules = list[tuple[str, tuple[str, ...]]]
+
+_ROWS = [('batch', ('replica', 'data'))]
+_WIDE = [(axis, ('model',)) for axis in ('heads', 'mlp', 'vocab')]
+_BETWEEN = [('residual_length', ('model',))]
+_LONG = [(axis, ('sequence',)) for axis in ('length', 'residual_length')]
 
 # strategy -> [(logical axis, mesh axes)].  One list serves parameters and activations: a mesh axis
 # that a spec has used already is skipped.  What is not named is replicated.
-RULES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-  'replicate': [('batch', ('replica', 'data'))],
+RULES: dict[str, Rules] = {
+  'replicate': _ROWS,
+  'zero': _ROWS,
+  'fsdp': [('batch', ('replica', 'data', 'model')), ('embed', ('data',)), *_WIDE],
+  'tensor': [*_ROWS, *_BETWEEN, *_WIDE],
+  'fsdp+tensor': [*_ROWS, *_BETWEEN, ('embed', ('data',)), *_WIDE],
+  'sequence': [*_ROWS, *_LONG, ('embed', ('data', 'sequence'))],
 }
+# Where the optimizer's state lies, if not where the parameters do.
+STATE_RULES: dict[str, Rules] = {'zero': [*_ROWS, ('embed', ('data',))]}
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The devices, by default all there are, along `data`."""
-  shape = (1, len(devices or jax.devices()), 1, 1)
+def make_mesh(
+  sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """All devices in the order in which the inner axes have the fastest links.
+
+  Args:
+    sizes: of the mesh axes; one may be -1, for what the others leave.  None: all along `data`.
+    devices: by default all there are.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  said = {axis: dict(sizes or {'data': -1}).get(axis, 1) for axis in MESH_AXES}
+  shape = list(said.values())
+  known = math.prod(size for size in shape if size != -1)
+  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+    raise UserError(f'sharding: sizes must be at least 1, or one of them -1 for the rest: {said}')
+  if len(devices) % known or (-1 not in shape and known != len(devices)):
+    raise UserError(f'sharding: {said} does not use the {len(devices)} device(s) there are')
+  shape = [len(devices) // known if size == -1 else size for size in shape]
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if shape[0] % slices:
+    raise UserError(f'sharding.replica = {shape[0]} is no multiple of the {slices} slices')
+  if slices > 1:
+    inner, outer = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
+    array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+  else:
+    array = mesh_utils.create_device_mesh(shape, devices)
   types = (AxisType.Auto,) * len(shape)  # linen's gathers do not know the explicit ones
-  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  return Mesh(array, MESH_AXES, axis_types=types)
 
 
-def rules(strategy: str) -> list[tuple[str, tuple[str, ...]]]:
+def rules(strategy: str) -> Rules:
   if strategy not in RULES:
     known = did_you_mean(strategy, RULES)
     raise UserError(f'there is no sharding.strategy "{strategy}"{known}')
   return RULES[strategy]
+
+
+def check_mesh(mesh: Mesh, strategy: str) -> None:
+  """Devices along an axis that the strategy does not use would all do the same work."""
+  used = {axis for _, axes in rules(strategy) for axis in axes}
+  for axis, size in mesh.shape.items():
+    if size > 1 and axis not in used:
+      raise UserError(f'sharding.{axis} = {size}, but the strategy "{strategy}" uses no such axis')
 
 
 def check_batch(batch: int, micro_batches: int, mesh: Mesh, strategy: str) -> None:
@@ -45,10 +106,44 @@ def check_batch(batch: int, micro_batches: int, mesh: Mesh, strategy: str) -> No
     )
 
 
-def param_shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
-  """A NamedSharding for each boxed (logically partitioned) parameter shape."""
-  specs = nn.get_partition_spec(boxed)
-  return nn.logical_to_mesh_sharding(specs, mesh, rules(strategy))
+def param_shardings(boxed: Any, mesh: Mesh, strategy: str, of_state: bool = False) -> Any:
+  """A NamedSharding for each boxed (logically partitioned) parameter shape, or for its state.
+
+  Raises:
+    UserError: a dimension does not divide over the mesh axes that the strategy gives it.
+  """
+  chosen = STATE_RULES.get(strategy, rules(strategy)) if of_state else rules(strategy)
+  places = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, chosen)
+  boxes = jax.tree.leaves_with_path(boxed, is_leaf=_is_box)
+  for (path, box), place in zip(boxes, jax.tree.leaves(places), strict=True):
+    for name, size, axes in zip(box.names, box.value.shape, place.spec, strict=False):
+      axes = (axes,) if isinstance(axes, str) else axes or ()
+      ways = math.prod(mesh.shape[axis] for axis in axes)
+      if size % ways:
+        where = '.'.join(str(key.key) for key in path if hasattr(key, 'key'))
+        raise UserError(
+          f'{where}: its dimension "{name}" of {size} does not divide over {ways} devices '
+          f'(sharding.{", sharding.".join(axes)}): change the one or the other'
+        )
+  return places
+
+
+def unsharded(params: Any, mesh: Mesh, strategy: str, most: float) -> float:
+  """The share of the parameters (ShapeDtypeStructs with shardings) whole on every device.
+
+  Raises:
+    UserError: it exceeds `most` although the strategy shards parameters on this mesh.
+  """
+  sizes = np.array([x.size for x in jax.tree.leaves(params)])
+  whole = np.array([x.sharding.is_fully_replicated for x in jax.tree.leaves(params)])
+  share = float(sizes[whole].sum() / sizes.sum())
+  axes = {axis for name, axes in rules(strategy) if name != 'batch' for axis in axes}
+  if share > most and math.prod(mesh.shape[axis] for axis in axes) > 1:
+    raise UserError(
+      f'{share:.1%} of the parameters lie whole on every device under "{strategy}", more than '
+      f'sharding.max_unsharded = {most}: shard more, or raise that'
+    )
+  return share
 
 
 def batch_shardings(batch: Any, mesh: Mesh, strategy: str) -> Any:
@@ -59,8 +154,11 @@ def batch_shardings(batch: Any, mesh: Mesh, strategy: str) -> Any:
 
 def axis_names(boxed: Any) -> Any:
   """The logical axis names of each parameter, as tuples, in the structure of the parameters."""
-  is_box = lambda x: isinstance(x, nn.Partitioned)
-  return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+  return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nn.Partitioned)
 
 
 def logical_axes(strategy: str) -> Any:

@@ -99,8 +99,10 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   shapes = jax.eval_shape(make)
   everywhere = NamedSharding(mesh, PartitionSpec())
   places = jax.tree.map(lambda _: everywhere, shapes)
-  of_params = sharding.param_shardings(boxed, mesh, c['sharding']['strategy'])
-  of_state = optimizer.shardings(shapes.opt_state, shapes.params, of_params, everywhere)
+  strategy = c['sharding']['strategy']
+  of_params = sharding.param_shardings(boxed, mesh, strategy)
+  beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
+  of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
   places = places.replace(params=of_params, opt_state=of_state)
   struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(struct, shapes, places), transform, jax.jit(make, out_shardings=places)
@@ -129,8 +131,11 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     generate.check_causal(parts)
   if c['init_from'] and not (path / 'config.json').exists():
     experiment.open_run(c['init_from'])
-  mesh, strategy = sharding.make_mesh(), c['sharding']['strategy']
+  mesh, strategy = sharding.make_mesh(c['sharding']), c['sharding']['strategy']
+  sharding.check_mesh(mesh, strategy)
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
+  if c['tokenizer'].get('vocab_size'):  # what does not divide is found before the tokenizer is made
+    sharding.param_shardings(experiment.sketch(c).boxed_shapes(), mesh, strategy)
   digests = parts.digests
   if (path / 'record.json').exists():
     record.check_data(path, digests)
@@ -147,6 +152,10 @@ def _train(
 ) -> dict[str, Any]:
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
+  count = sum(x.size for x in jax.tree.leaves(like.params))
+  limit = c['sharding']['max_unsharded']
+  whole = sharding.unsharded(like.params, mesh, c['sharding']['strategy'], limit)
+  print(f'{count:,} parameters, {whole:.1%} of them whole on each of {mesh.size} device(s)')
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'])
 
   def saved():
@@ -216,8 +225,7 @@ def _compile(parts: Experiment, step: Callable, like: TrainState, mesh: Mesh) ->
     'flops': 3 * metrics.matmul_flops(apply, like.params, batch),  # backward is twice forward
     'peak': metrics.peak_flops() * jax.device_count(),  # nan where nobody knows it
   }
-  count = sum(x.size for x in jax.tree.leaves(like.params))
-  print(f'{count:,} parameters; compiled the step in {seconds:.1f} s', flush=True)
+  print(f'compiled the step in {seconds:.1f} s', flush=True)
   return compiled, cost
 
 

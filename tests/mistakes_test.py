@@ -103,6 +103,27 @@ MISTAKES = {
   'kv heads do not divide': (CLM, {'model.kv_heads': 3}, 'kv_heads = 3'),
   'micro-batches do not divide': (CLM, {'micro_batches': 7}, 'micro_batches = 7'),
   'batch does not divide over devices': (CLM, {'batch': 3}, 'try 2 or 4'),
+  'mesh of the wrong size': (
+    CLM,
+    {'data.train': '{}/good.txt', 'sharding.data': 3},
+    'does not use the 2 device(s)',
+  ),
+  'axis that the strategy does not use': (
+    CLM,
+    {'data.train': '{}/good.txt', 'sharding.model': 2},
+    'uses no such axis',
+  ),
+  'heads do not divide over devices': (
+    CLM,
+    {
+      'data.train': '{}/good.txt',
+      'sharding.strategy': 'tensor',
+      'sharding.model': 2,
+      'model.heads': 3,
+      'model.dim': 96,
+    },
+    '"heads" of 3 does not divide over 2 devices',
+  ),
   'warm-up longer than the run': (CLM, {'optimizer.warmup_steps': 10**6}, 'optimizer.warmup_steps'),
   'length beyond the positions': (CLM, {'model.max_length': 8}, 'max_length = 8'),
   'dropout of one': (CLM, {'model.dropout': 1.0}, 'dropout'),

@@ -114,6 +114,11 @@ class Attention(nn.Module):
     if cache_length:
       k_BLGH, v_BLGH, offset = self._cached(k_BLGH, v_BLGH, cache_length)
     allowed_BLS = mask.array(x_BLD.shape[1], k_BLGH.shape[1], offset, self.window)
+    q_BLNH = nn.with_logical_constraint(q_BLNH, ('batch', 'length', 'heads', 'kv'))
+    # A strategy that shards the length gathers the keys and values.
+    k_BLGH, v_BLGH = (
+      nn.with_logical_constraint(x, ('batch', None, 'heads', 'kv')) for x in (k_BLGH, v_BLGH)
+    )
     dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
     y_BLNH = attention(q_BLNH, k_BLGH, v_BLGH, allowed_BLS, bias_BNLS, dropout)
     inputs, axes = (self.heads, head_dim), ('heads', 'kv', 'embed')

@@ -62,6 +62,17 @@ class Initializers:
 # --------------------------------------------------------------------------- products and tables
 
 
+def _product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = None) -> jax.Array:
+  """Sums over the last n dimensions of x and the first n of the kernel."""
+  if any(name in ('length', 'residual_length') for name, _ in nn.get_logical_axis_rules()):
+    return jnp.tensordot(x, kernel, n, preferred_element_type=dtype)  # merging would gather x
+  # As a product of two matrices: the gradient of the kernel of a product over three dimensions
+  # takes XLA's CPU compiler twice the time.
+  inner = math.prod(kernel.shape[:n])
+  y = jnp.matmul(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
+  return y.reshape(*x.shape[: x.ndim - n], *kernel.shape[n:])
+
+
 class Linear(nn.Module):
   """x times a kernel: [..., *inputs] -> [..., *outputs], plus a bias.
 
@@ -81,10 +92,7 @@ class Linear(nn.Module):
     fan_in, n = math.prod(self.inputs), len(self.inputs)
     init = nn.with_logical_partitioning(self.initializers(self.role, fan_in), self.axes)
     kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(self.dtype)
-    # As a product of two matrices: the gradient of the kernel of a product over three dimensions
-    # takes XLA's CPU compiler twice the time.  A strategy that shards the length must not merge it.
-    y = x.astype(self.dtype).reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
-    y = y.reshape(*x.shape[:-n], *self.outputs)
+    y = _product(x.astype(self.dtype), kernel, n)
     if not self.bias:
       return y
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
@@ -110,9 +118,7 @@ class Embed(nn.Module):
 
   def attend(self, x_BLD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Logits in float32: rounded to bfloat16, in one row of forty the two largest are equal."""
-    x, table = x_BLD.astype(dtype).reshape(-1, self.dim), self.table.astype(dtype)
-    y = jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
-    return y.reshape(*x_BLD.shape[:-1], self.num)
+    return _product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
 
 
 def norm(kind: str, epsilon: float, bias: bool, axis: str = 'embed', name: str | None = None):
@@ -161,6 +167,7 @@ class FeedForward(nn.Module):
     h_BLF = ACTIVATIONS[self.kind](Linear(**wide, name='up')(x_BLD))
     if self.kind in GATED:
       h_BLF *= Linear(**wide, name='gate')(x_BLD)
+    h_BLF = nn.with_logical_constraint(h_BLF, ('batch', 'length', 'mlp'))
     down = Linear(
       (self.ffn_dim,), (self.dim,), ('mlp', 'embed'), role='residual', **shared, name='down'
     )

@@ -26,6 +26,7 @@ SIZES = {
   'gpt2_xl': dict(depth=48, dim=1600, heads=25),
 }
 
+BETWEEN = ('batch', 'residual_length', 'embed')  # the residual stream between two parts
 NORM_POSITIONS = ('pre', 'post', 'both')
 REMAT = {  # name -> what a block keeps for its backward pass
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -60,8 +61,7 @@ class Block(nn.Module):
 
     x_BLD = self._residual(x_BLD, attend, 'attention', train)
     x_BLD = self._residual(x_BLD, self.ffn, 'ffn', train)
-    axes = ('batch', 'length', 'embed')
-    return nn.with_logical_constraint(x_BLD, axes), None
+    return x_BLD, None
 
   def _residual(self, x_BLD: jax.Array, part, name: str, train: bool) -> jax.Array:
     def norm(when):
@@ -73,7 +73,7 @@ class Block(nn.Module):
     h_BLD = nn.Dropout(self.dropout, deterministic=not train)(h_BLD)
     y_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
     y_BLD = norm('post')(y_BLD) if self.norm_position == 'post' else y_BLD
-    return y_BLD.astype(x_BLD.dtype)
+    return nn.with_logical_constraint(y_BLD.astype(x_BLD.dtype), BETWEEN)
 
 
 class Transformer(nn.Module):
@@ -203,6 +203,6 @@ class Transformer(nn.Module):
     bias_BNLS = self.position.bias(positions_BL, keys_BS, mask.causal)
     x_BLD = self.input_norm(self.position.add(x_BLD, positions_BL))
     x_BLD = self.input_dropout(x_BLD, deterministic=not train).astype(self.dtype)
-    x_BLD = nn.with_logical_constraint(x_BLD, ('batch', 'length', 'embed'))
+    x_BLD = nn.with_logical_constraint(x_BLD, BETWEEN)
     x_BLD, _ = self.blocks(x_BLD, mask, positions_BL, bias_BNLS, train, cache_length)
     return self.output_norm(x_BLD).astype(jnp.float32)

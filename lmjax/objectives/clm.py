@@ -117,7 +117,8 @@ class CausalLM(nn.Module):
     """[B, L, V]: at each place the distribution of the token after it."""
     mask = Mask(causal=True, segments_BL=segments_BL)
     x_BLD = self.core(self.embed(tokens_BL), mask, train, positions_BL, cache_length)
-    return self.head(x_BLD, self.embed)
+    logits_BLV = self.head(x_BLD, self.embed)
+    return nn.with_logical_constraint(logits_BLV, ('batch', 'length', 'vocab'))
 
   def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
     segments_BL, positions_BL = batch.get('segments'), batch.get('positions')

@@ -228,6 +228,7 @@ class MaskedLM(nn.Module):
     x_BKD = jnp.take_along_axis(x_BLD, batch['places'][..., None], axis=1)
     x_BKD = self.transform_norm(nn.gelu(self.transform(x_BKD), approximate=False))
     logits_BKV = self.head(x_BKD, self.embed)
+    logits_BKV = nn.with_logical_constraint(logits_BKV, ('batch', None, 'vocab'))
     loss, xent, accuracy = heads.cross_entropy(
       logits_BKV, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
     )

@@ -1,0 +1,105 @@
+"""Where things lie under each strategy, and what cannot lie there."""
+
+import jax
+import pytest
+
+from lmjax import sharding, train
+from lmjax.config import UserError
+
+EIGHT = {'replica': 1, 'data': -1, 'sequence': 1, 'model': 1}
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'shape'),
+  [
+    (None, (1, 8, 1, 1)),
+    ({}, (1, 8, 1, 1)),
+    ({'model': 2}, (1, 4, 1, 2)),
+    ({'data': 2, 'model': -1}, (1, 2, 1, 4)),
+    ({'replica': 2, 'sequence': 2}, (2, 2, 2, 1)),
+    ({'data': 1, 'sequence': 8}, (1, 1, 8, 1)),
+  ],
+)
+def test_one_size_is_filled_in(sizes, shape):
+  mesh = sharding.make_mesh(None if sizes is None else EIGHT | sizes)
+  assert tuple(mesh.shape.values()) == shape
+  assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'said'),
+  [
+    ({'model': 3}, 'does not use the 8 device'),
+    ({'data': 4}, 'does not use the 8 device'),
+    ({'data': 16}, 'does not use the 8 device'),
+    ({'model': -1}, 'one of them -1'),
+    ({'model': 0}, 'at least 1'),
+    ({'sequence': -2}, 'at least 1'),
+  ],
+)
+def test_a_mesh_of_the_wrong_size_is_a_sentence(sizes, said):
+  with pytest.raises(UserError, match=said):
+    sharding.make_mesh(EIGHT | sizes)
+
+
+@pytest.mark.parametrize(
+  ('strategy', 'axis'),
+  [('replicate', 'model'), ('zero', 'sequence'), ('tensor', 'sequence'), ('sequence', 'model')],
+)
+def test_an_axis_that_the_strategy_does_not_use_is_refused(strategy, axis):
+  mesh = sharding.make_mesh(EIGHT | {axis: 2})
+  with pytest.raises(UserError, match=f'sharding.{axis} = 2, but the strategy "{strategy}"'):
+    sharding.check_mesh(mesh, strategy)
+  sharding.check_mesh(sharding.make_mesh(), strategy)
+
+
+def share_held(tree) -> float:
+  """The share of a pytree's elements that the first device holds."""
+  leaves = jax.tree.leaves(tree)
+  held = sum(x.addressable_shards[0].data.size for x in leaves)
+  return held / sum(x.size for x in leaves)
+
+
+@pytest.mark.parametrize(
+  ('strategy', 'sizes', 'of_params', 'of_state'),
+  [
+    ('replicate', {}, 1, 1),
+    ('zero', {}, 1, 1 / 8),
+    ('fsdp', {}, 1 / 8, 1 / 8),
+    ('fsdp', {'model': 2}, 1 / 8, 1 / 8),
+    ('tensor', {'model': 2}, 1 / 2, 1 / 2),
+    ('fsdp+tensor', {'model': 2}, 1 / 8, 1 / 8),
+    ('sequence', {'sequence': 2}, 1 / 8, 1 / 8),
+  ],
+)
+def test_what_a_device_holds(parts, strategy, sizes, of_params, of_state):
+  """Biases and norms, which some strategies keep whole, are a few per cent."""
+  keys = {f'sharding.{axis}': size for axis, size in {**sizes, 'strategy': strategy}.items()}
+  wide = {'model.dim': 64, 'model.heads': 4, 'optimizer.name': 'adamw'}
+  made = parts('clm', **keys, **wide, **{'tokenizer.name': 'bytes'})
+  vars(made)['model'] = made.objective.model(made.core, 264)  # divides, where the bytes do not
+  mesh = sharding.make_mesh(made.config['sharding'])
+  like, _, make_state = train.init_state(made, mesh)
+  state = make_state()
+  assert share_held(state.params) == pytest.approx(of_params, abs=0.05)
+  assert share_held(state.opt_state) == pytest.approx(of_state, abs=0.05)
+  whole = sharding.unsharded(like.params, mesh, strategy, most=0.1)
+  assert whole == 1 if of_params == 1 else whole < 0.1
+  if of_params < 1:
+    with pytest.raises(UserError, match='lie whole on every device'):
+      sharding.unsharded(like.params, mesh, strategy, most=whole - 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('strategy', 'sizes', 'overrides', 'said'),
+  [
+    ('tensor', {'model': 4}, {}, r'attention.key.bias: its dimension "heads" of 2 .* 4 devices'),
+    ('fsdp', {}, {'model.dim': 20}, r'its dimension "embed" of 20 does not divide over 8 devices'),
+    ('fsdp+tensor', {'model': 2}, {}, r'embed.table: its dimension "vocab" of 261 .* 2 devices'),
+  ],
+)
+def test_what_does_not_divide_is_named(parts, strategy, sizes, overrides, said):
+  made = parts('clm', **overrides)
+  mesh = sharding.make_mesh(EIGHT | sizes)
+  with pytest.raises(UserError, match=said):
+    sharding.param_shardings(made.boxed_shapes(), mesh, strategy)
