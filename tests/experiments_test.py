@@ -41,7 +41,7 @@ def compiled(spec: str, **overrides):
   parts = experiment.sketch(c)
   mesh = sharding.make_mesh()
   sharding.check_batch(
-    c['batch'], c['micro_batches'], sharding.make_mesh(jax.devices()[:4]), 'replicate'
+    c['batch'], c['micro_batches'], sharding.make_mesh(devices=jax.devices()[:4]), 'replicate'
   )
   with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
     like, transform, _ = train.init_state(parts, mesh)

@@ -110,7 +110,7 @@ def test_dropout_is_the_same_on_any_mesh(parts, devices):
 
 def test_dropout_is_drawn_anew_in_every_step(parts):
   still = {'optimizer.name': 'sgd', 'optimizer.lr': 0.0, 'model.dropout': 0.2}
-  experiment, mesh = parts('clm', **still), sharding.make_mesh(jax.devices()[:1])
+  experiment, mesh = parts('clm', **still), sharding.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh), sharding.logical_axes('replicate'):
     _, transform, make_state = train.init_state(experiment, mesh)
     state, step = make_state(), jax.jit(train.make_step(experiment, transform))

@@ -189,7 +189,7 @@ def test_kill_9_and_the_same_command_again(tiny, tmp_path):
 def test_resume_on_another_mesh_sees_the_same_batches(tiny, tmp_path, monkeypatch):
   c = tiny('clm')
   train.run(c, str(tmp_path / 'straight'))
-  one = sharding.make_mesh(jax.devices()[:1])
+  one = sharding.make_mesh(devices=jax.devices()[:1])
   push = metrics.Log.push
 
   def killed(self, step, *args):
@@ -201,7 +201,7 @@ def test_resume_on_another_mesh_sees_the_same_batches(tiny, tmp_path, monkeypatc
   with pytest.raises(Killed):
     train.run(c, str(tmp_path / 'moved'))
   monkeypatch.undo()
-  monkeypatch.setattr(sharding, 'make_mesh', lambda: one)
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *_: one)
   train.run(c, str(tmp_path / 'moved'))
   first, second = (lines(tmp_path / run, 'ledger') for run in ('straight', 'moved'))
   assert first == second
