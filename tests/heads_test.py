@@ -36,3 +36,42 @@ def test_the_classifier_is_a_pooler_and_a_linear_layer():
   pooled = np.tanh(x @ value(pooler, 'kernel') + value(pooler, 'bias'))
   expected = pooled @ value(classes, 'kernel') + value(classes, 'bias')
   np.testing.assert_allclose(classifier.apply({'params': boxes}, x), expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('chunk', [1 << 26, 100, 11, 1])
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize(('smoothing', 'z_loss'), [(0.0, 0.0), (0.3, 0.1)])
+def test_the_loss_in_chunks_is_that_of_all_logits(monkeypatch, chunk, tied, smoothing, z_loss):
+  monkeypatch.setattr(heads, 'CHUNK', chunk)
+  b, length, d, v = 3, 7, 5, 11
+  head = heads.TokenHead(v, d, tied, True, layers.Initializers('fan_in', 1), np.float32)
+  embed = layers.Embed(v, d, ('vocab', 'embed'), layers.Initializers('fan_in', 1))
+  rng = np.random.default_rng(0)
+  noise = lambda *shape: rng.normal(0, 1, shape).astype(np.float32)
+  own = {'bias': noise(v)} | ({} if tied else {'table': {'table': noise(v, d)}})
+  params, x = (own, {'table': noise(v, d)}), noise(b, length, d)
+  targets, weights = rng.integers(0, v, (b, length)), np.abs(noise(b, length))
+
+  def loss(params, x, method):
+    bound = embed.bind({'params': params[1]})
+    apply = lambda *args, name: head.apply({'params': params[0]}, *args, method=name)
+    if method == 'loss':
+      means = apply(x, bound, targets, weights, smoothing, z_loss, name='loss')
+    else:
+      logits = apply(x, bound, name='__call__')
+      means = heads.cross_entropy(logits, targets, weights, smoothing, z_loss)
+    return 0.7 * means[0].total, means
+
+  values, gradients = zip(
+    *(
+      jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)(
+        params, x, m
+      )
+      for m in ('loss', '__call__')
+    ),
+    strict=True,
+  )
+  for a, b in zip(*map(jax.tree.leaves, (values)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+  for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,9 @@
 B batch, L length (or K chosen places), D model, V vocabulary, C classes.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,21 +18,40 @@ class TokenHead(nn.Module):
   """Logits over the vocabulary in float32, tied to the embedding table or with one of its own."""
 
   vocab_size: int
+  dim: int
   tied: bool
   bias: bool
   initializers: layers.Initializers
   dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x_BLD: jax.Array, embed: layers.Embed) -> jax.Array:
+  def setup(self):
     if not self.tied:
-      shape = (self.vocab_size, x_BLD.shape[-1])
-      embed = layers.Embed(*shape, ('vocab', 'embed'), self.initializers, role='head', name='table')
-    logits_BLV = embed.attend(x_BLD, self.dtype)
-    if not self.bias:
-      return logits_BLV
-    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
-    return logits_BLV + self.param('bias', zeros, (self.vocab_size,))[None, None]
+      axes = ('vocab', 'embed')
+      self.table = layers.Embed(self.vocab_size, self.dim, axes, self.initializers, role='head')
+    if self.bias:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
+      self.bias_V = self.param('bias', zeros, (self.vocab_size,))
+
+  def __call__(self, x_BLD: jax.Array, embed: layers.Embed) -> jax.Array:
+    logits_BLV = (embed if self.tied else self.table).attend(x_BLD, self.dtype)
+    return logits_BLV + self.bias_V[None, None] if self.bias else logits_BLV
+
+  def loss(
+    self,
+    x_BLD: jax.Array,
+    embed: layers.Embed,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+  ) -> tuple[Mean, Mean, Mean]:
+    """cross_entropy of the logits, which never are in memory all at once."""
+    table_VD = (embed if self.tied else self.table).table
+    bias_V = self.bias_V if self.bias else jnp.zeros(self.vocab_size)
+    options = (label_smoothing, z_loss, self.dtype)
+    totals = _chunked(x_BLD, table_VD, bias_V, targets_BL, weights_BL, *options)
+    weight = weights_BL.sum()
+    return tuple(Mean(total, weight) for total in totals)
 
 
 class Classifier(nn.Module):
@@ -75,3 +97,70 @@ def cross_entropy(
   right_BL = target_BL >= largest_BL  # an argmax would be one more pass over the logits
   weight = weights_BL.sum()
   return tuple(Mean((x_BL * weights_BL).sum(), weight) for x_BL in (loss_BL, xent_BL, right_BL))
+
+
+# ---------------------------------------------- cross-entropy without all the logits in memory
+
+CHUNK = 1 << 26  # logits at a time on a device: 256 MiB of float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _chunked(x_BLD, table_VD, bias_V, targets_BL, weights_BL, label_smoothing, z_loss, dtype):
+  """Totals of cross_entropy(x @ table.T + bias); the first has gradients by x, table and bias.
+
+  They are computed with the loss, chunk by chunk, so that no logits are kept or computed twice.
+  """
+  options = (label_smoothing, z_loss, dtype)
+  return _scan(x_BLD, table_VD, bias_V, targets_BL, weights_BL, *options, gradients=False)[0]
+
+
+def _forward(*args):
+  return _scan(*args, gradients=True)
+
+
+def _backward(label_smoothing, z_loss, dtype, gradients, of_totals):
+  return *(x * of_totals[0].astype(x.dtype) for x in gradients), None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _scan(
+  x_BLD, table_VD, bias_V, targets_BL, weights_BL, label_smoothing, z_loss, dtype, gradients
+):
+  """(totals, gradients of the first of them), summed over chunks of the length."""
+  (b, length, d), v = x_BLD.shape, len(table_VD)
+  devices = jax.sharding.get_abstract_mesh().size or 1
+  n = min(length, math.ceil(b * length * v / (CHUNK * devices)))
+  table_VD = table_VD.astype(dtype)
+
+  def cut(x):
+    x = jnp.pad(x, [(0, 0), (0, -length % n)] + [(0, 0)] * (x.ndim - 2))
+    # Every n-th place, so that each shard of the length has its share of a chunk.
+    return jnp.moveaxis(x.reshape(b, -1, n, *x.shape[2:]), 2, 0)
+
+  def body(carry, chunk):
+    x_BCD, targets_BC, weights_BC = chunk
+    x_BCD = x_BCD.astype(dtype)
+    logits_BCV = layers.product(x_BCD, table_VD.T, 1, jnp.float32) + bias_V[None, None]
+    logits_BCV = nn.with_logical_constraint(logits_BCV, ('batch', None, 'vocab'))
+
+    def totals(logits_BCV):
+      means = cross_entropy(logits_BCV, targets_BC, weights_BC, label_smoothing, z_loss)
+      return means[0].total, tuple(mean.total for mean in means)
+
+    if not gradients:
+      return jax.tree.map(jnp.add, carry, totals(logits_BCV)[1]), None
+    d_BCV, sums = jax.grad(totals, has_aux=True)(logits_BCV)
+    d_V, d_BCV = d_BCV.sum(axis=(0, 1)), d_BCV.astype(dtype)
+    d_BCD = jnp.einsum('BCV,VD->BCD', d_BCV, table_VD, preferred_element_type=jnp.float32)
+    d_VD = jnp.einsum('BCV,BCD->VD', d_BCV, x_BCD, preferred_element_type=jnp.float32)
+    return jax.tree.map(jnp.add, carry, (sums, d_VD, d_V)), d_BCD.astype(x_BLD.dtype)
+
+  sums = (jnp.float32(0),) * 3
+  carry = (sums, jnp.zeros((v, d)), jnp.zeros(v)) if gradients else sums
+  carry, d_NBCD = jax.lax.scan(body, carry, tuple(map(cut, (x_BLD, targets_BL, weights_BL))))
+  if not gradients:
+    return carry, None
+  d_BLD = jnp.moveaxis(d_NBCD, 0, 2).reshape(b, -1, d)[:, :length]
+  return carry[0], (d_BLD, *carry[1:])

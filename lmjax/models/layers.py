@@ -62,7 +62,7 @@ class Initializers:
 # --------------------------------------------------------------------------- products and tables
 
 
-def _product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = None) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = None) -> jax.Array:
   """Sums over the last n dimensions of x and the first n of the kernel."""
   if any(name in ('length', 'residual_length') for name, _ in nn.get_logical_axis_rules()):
     return jnp.tensordot(x, kernel, n, preferred_element_type=dtype)  # merging would gather x
@@ -92,7 +92,7 @@ class Linear(nn.Module):
     fan_in, n = math.prod(self.inputs), len(self.inputs)
     init = nn.with_logical_partitioning(self.initializers(self.role, fan_in), self.axes)
     kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(self.dtype)
-    y = _product(x.astype(self.dtype), kernel, n)
+    y = product(x.astype(self.dtype), kernel, n)
     if not self.bias:
       return y
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
@@ -118,7 +118,7 @@ class Embed(nn.Module):
 
   def attend(self, x_BLD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Logits in float32: rounded to bfloat16, in one row of forty the two largest are equal."""
-    return _product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
+    return product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
 
 
 def norm(kind: str, epsilon: float, bias: bool, axis: str = 'embed', name: str | None = None):

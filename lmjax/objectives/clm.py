@@ -104,9 +104,11 @@ class CausalLM(nn.Module):
       jnp.dtype(self.core.dtype),
     )
     self.embed = layers.Embed(self.vocab_size, self.core.dim, ('vocab', 'embed'), init)
-    self.head = heads.TokenHead(self.vocab_size, self.objective.tied, False, init, dtype)
+    self.head = heads.TokenHead(
+      self.vocab_size, self.core.dim, self.objective.tied, False, init, dtype
+    )
 
-  def logits(
+  def encode(
     self,
     tokens_BL: jax.Array,
     segments_BL: jax.Array | None = None,
@@ -114,17 +116,18 @@ class CausalLM(nn.Module):
     train: bool = False,
     cache_length: int = 0,
   ) -> jax.Array:
-    """[B, L, V]: at each place the distribution of the token after it."""
+    """Contextual vectors [B, L, D]."""
     mask = Mask(causal=True, segments_BL=segments_BL)
-    x_BLD = self.core(self.embed(tokens_BL), mask, train, positions_BL, cache_length)
-    logits_BLV = self.head(x_BLD, self.embed)
-    return nn.with_logical_constraint(logits_BLV, ('batch', 'length', 'vocab'))
+    return self.core(self.embed(tokens_BL), mask, train, positions_BL, cache_length)
+
+  def logits(self, *args, **kwargs) -> jax.Array:
+    """[B, L, V]: at each place the distribution of the token after it; arguments of encode."""
+    return self.head(self.encode(*args, **kwargs), self.embed)
 
   def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
     segments_BL, positions_BL = batch.get('segments'), batch.get('positions')
-    logits_BLV = self.logits(batch['tokens'], segments_BL, positions_BL, train)
-    o = self.objective
-    loss, xent, accuracy = heads.cross_entropy(
-      logits_BLV, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
+    x_BLD, o = self.encode(batch['tokens'], segments_BL, positions_BL, train), self.objective
+    loss, xent, accuracy = self.head.loss(
+      x_BLD, self.embed, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
     )
     return {'clm': loss}, {'xent': xent, 'accuracy': accuracy}

@@ -208,7 +208,7 @@ class MaskedLM(nn.Module):
     self.embed = layers.Embed(self.vocab_size, d, ('vocab', 'embed'), init)
     self.transform = layers.Linear((d,), (d,), ('embed', 'mlp'), init, dtype=dtype)
     self.transform_norm = layers.norm(core.norm, core.norm_epsilon, core.bias)
-    self.head = heads.TokenHead(self.vocab_size, o.tied, True, init, dtype)
+    self.head = heads.TokenHead(self.vocab_size, d, o.tied, True, init, dtype)
     if o.pairs:
       self.types = layers.Embed(2, d, ('types', 'embed'), init)
       self.classifier = heads.Classifier(2, init, dtype)
@@ -227,10 +227,8 @@ class MaskedLM(nn.Module):
     # Only the chosen places meet the vocabulary: K of L rows of the largest product.
     x_BKD = jnp.take_along_axis(x_BLD, batch['places'][..., None], axis=1)
     x_BKD = self.transform_norm(nn.gelu(self.transform(x_BKD), approximate=False))
-    logits_BKV = self.head(x_BKD, self.embed)
-    logits_BKV = nn.with_logical_constraint(logits_BKV, ('batch', None, 'vocab'))
-    loss, xent, accuracy = heads.cross_entropy(
-      logits_BKV, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
+    loss, xent, accuracy = self.head.loss(
+      x_BKD, self.embed, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
     )
     terms, metrics = {'mlm': loss}, {'xent': xent, 'mlm_accuracy': accuracy}
     if o.pairs:
