@@ -6,6 +6,9 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# Programs are compiled for TPUs that are not here, by several processes at once.
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+os.environ['TPU_SKIP_MDS_QUERY'] = '1'
 # No test may depend on data sets that this machine happens to have.
 os.environ['TFDS_DATA_DIR'] = '/nonexistent'
 

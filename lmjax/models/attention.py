@@ -1,8 +1,9 @@
-"""Attention: a structured mask, one function, one module.
+"""Attention: a structured mask, one function with several backends, one module.
 
 B batch, L query length, S key length, D model, N query heads, G key-value heads, H head.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax
@@ -10,38 +11,110 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.models import layers
+from lmjax.models import flash, layers
 
 
 @flax.struct.dataclass
 class Mask:
-  """Who may attend to whom, kept as structure so that a kernel can use it.
+  """Who may attend to whom, kept as structure so that a kernel can use it; all that is set holds.
 
   causal: a query sees the keys at its own place and before it.
-  segments_BL: a query sees the keys of its own segment; segment 0 is padding, seen by none.
+  segments_BL: a query sees the keys of its own segment; segment 0 is padding, which sees nothing.
+  lengths_B: what is at this place or after it is padding.
+  prefix_B: though causal, all see the keys before this place (Raffel et al., 2020).
+  window: a query sees keys fewer than so many places away; 0: any.
   """
 
   causal: bool = flax.struct.field(pytree_node=False)
   segments_BL: jax.Array | None = None
+  lengths_B: jax.Array | None = None
+  prefix_B: jax.Array | None = None
+  window: int = flax.struct.field(pytree_node=False, default=0)
 
-  def array(self, length: int, keys: int, offset: jax.Array | int, window: int) -> jax.Array:
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """What a kernel must know of; each knows the mask that hides nothing."""
+    window = 'sliding window' if self.causal else 'bidirectional window'
+    kinds = {'causal': self.causal, window: self.window, 'prefix': self.prefix_B is not None}
+    kinds |= {'segments': self.segments_BL is not None, 'padding': self.lengths_B is not None}
+    return tuple(kind for kind, present in kinds.items() if present)
+
+  def array(self, length: int, keys: int, offset: jax.Array | int = 0) -> jax.Array:
     """Boolean [1 or B, L, S], True where attention is allowed.
 
-    `offset` is the place of the first query among the keys (not zero only with a cache);
-    `window` > 0 limits the distance to fewer than `window` places.
+    `offset` is the place of the first query among the keys (not zero only with a cache).
     """
     distance_LS = offset + jnp.arange(length)[:, None] - jnp.arange(keys)[None, :]
-    allowed_LS = distance_LS >= (0 if self.causal else -keys)
-    if window:
-      allowed_LS &= jnp.abs(distance_LS) < window
-    allowed_BLS = allowed_LS[None]
-    if self.segments_BL is not None:
-      query_BLS, key_BLS = self.segments_BL[:, :, None], self.segments_BL[:, None, :]
-      allowed_BLS = allowed_BLS & (query_BLS == key_BLS) & (key_BLS > 0)
+    allowed_BLS = (distance_LS >= (0 if self.causal else -keys))[None]
+    if self.prefix_B is not None:
+      allowed_BLS |= jnp.arange(keys)[None, None] < self.prefix_B[:, None, None]
+    if self.window:
+      allowed_BLS &= (jnp.abs(distance_LS) < self.window)[None]
+    segments_BL = self.segments(keys)
+    if segments_BL is not None:
+      query_BLS, key_BLS = segments_BL[:, :length, None], segments_BL[:, None, :]
+      allowed_BLS &= (query_BLS == key_BLS) & (key_BLS > 0)
     return allowed_BLS
+
+  def segments(self, length: int) -> jax.Array | None:
+    """segments_BL with all padding 0; None where there are neither documents nor padding."""
+    if self.lengths_B is None:
+      return self.segments_BL
+    real_BL = jnp.arange(length)[None] < self.lengths_B[:, None]
+    return real_BL.astype(jnp.int32) * (1 if self.segments_BL is None else self.segments_BL)
 
 
 def attention(
+  q_BLNH: jax.Array,
+  k_BSGH: jax.Array,
+  v_BSGH: jax.Array,
+  mask: Mask,
+  *,
+  backend: str = 'auto',
+  bias_BNLS: jax.Array | None = None,
+  dropout: nn.Module | None = None,
+  offset: jax.Array | int | None = None,
+  say: bool = False,
+) -> jax.Array:
+  """Softmax attention, [B, L, N, H]; N is a multiple of G (Ainslie et al., 2023).
+
+  The softmax is in float32.  A query that may attend to nothing yields zeros.
+
+  Args:
+    backend: of flash.BACKENDS; auto: the first kernel of the devices' platform that can do it.
+    bias_BNLS: added to the logits.
+    dropout: applied to the attention weights.
+    offset: the place of the first query among the keys of a cache.
+    say: prints the choice and its reason, once.
+
+  Raises:
+    UserError: the named backend cannot do it.
+  """
+  length, head_dim = q_BLNH.shape[1], q_BLNH.shape[3]
+  asked = dict(bias=bias_BNLS is not None, dropout=dropout is not None, cache=offset is not None)
+  asked |= dict(masks=mask.kinds, dtype=q_BLNH.dtype.name, head_dim=head_dim, length=length)
+  chosen, why = flash.choose(backend, **asked)
+  if say:
+    _say(f'attention: {chosen} ({why})')
+  if chosen == 'reference':
+    allowed_BLS = mask.array(length, k_BSGH.shape[1], 0 if offset is None else offset)
+    return reference(q_BLNH, k_BSGH, v_BSGH, allowed_BLS, bias_BNLS, dropout)
+  y_BLNH, segments_BL = (
+    flash.KERNELS[chosen].call(q_BLNH, k_BSGH, v_BSGH, mask),
+    mask.segments(length),
+  )
+  if segments_BL is None:
+    return y_BLNH
+  return jnp.where(segments_BL[:, :, None, None] > 0, y_BLNH, 0)
+
+
+@functools.cache
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def reference(
   q_BLNH: jax.Array,
   k_BSGH: jax.Array,
   v_BSGH: jax.Array,
@@ -49,10 +122,7 @@ def attention(
   bias_BNLS: jax.Array | None = None,
   dropout: nn.Module | None = None,
 ) -> jax.Array:
-  """Softmax attention, [B, L, N, H]; N is a multiple of G (Ainslie et al., 2023).
-
-  The softmax is in float32.  A query that may attend to nothing yields zeros.
-  """
+  """Attention in plain XLA, which holds the square of the logits and can do everything."""
   (b, length, n, h), (keys, g) = q_BLNH.shape, k_BSGH.shape[1:3]
   # Heads in front, and the R = N / G queries of a key-value head as more rows of one product: on a
   # CPU 1.4 times as fast as one einsum over five dimensions.
@@ -84,6 +154,7 @@ class Attention(nn.Module):
   qk_norm: bool  # Henry et al., 2020: normalised queries and keys keep the logits bounded
   window: int
   dropout: float
+  backend: str
   dtype: jnp.dtype
 
   @nn.compact
@@ -110,17 +181,25 @@ class Attention(nn.Module):
       q_BLNH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'query_norm')(q_BLNH).astype(self.dtype)
       k_BLGH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'key_norm')(k_BLGH).astype(self.dtype)
     q_BLNH, k_BLGH = self.rotate(q_BLNH, positions_BL), self.rotate(k_BLGH, positions_BL)
-    offset = 0
+    offset = None
     if cache_length:
       k_BLGH, v_BLGH, offset = self._cached(k_BLGH, v_BLGH, cache_length)
-    allowed_BLS = mask.array(x_BLD.shape[1], k_BLGH.shape[1], offset, self.window)
     q_BLNH = nn.with_logical_constraint(q_BLNH, ('batch', 'length', 'heads', 'kv'))
     # A strategy that shards the length gathers the keys and values.
     k_BLGH, v_BLGH = (
       nn.with_logical_constraint(x, ('batch', None, 'heads', 'kv')) for x in (k_BLGH, v_BLGH)
     )
-    dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
-    y_BLNH = attention(q_BLNH, k_BLGH, v_BLGH, allowed_BLS, bias_BNLS, dropout)
+    y_BLNH = attention(
+      q_BLNH,
+      k_BLGH,
+      v_BLGH,
+      mask.replace(window=self.window),
+      backend=self.backend,
+      bias_BNLS=bias_BNLS,
+      dropout=nn.Dropout(self.dropout, deterministic=False) if self.dropout and train else None,
+      offset=offset,
+      say=train,
+    )
     inputs, axes = (self.heads, head_dim), ('heads', 'kv', 'embed')
     out = layers.Linear(inputs, (self.dim,), axes, role='residual', **shared, name='out')
     return out(y_BLNH)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax.config import UserError, did_you_mean
-from lmjax.models import layers
+from lmjax.models import flash, layers
 from lmjax.models.attention import Attention, Mask
 
 SIZES = {
@@ -96,6 +96,7 @@ class Transformer(nn.Module):
   window: int = 0  # attend to fewer than this many places away; 0: to all
   dropout: float = 0.0  # on embeddings and on what each part adds
   attention_dropout: float = 0.0  # on attention weights
+  attention: str = 'auto'  # what computes it: auto, reference, splash, cudnn, triton
   initializer: str = 'gpt2'  # gpt2, bert, fan_in
   dtype: str = 'float32'  # of activations and products; parameters stay float32
   scan: bool = (
@@ -107,6 +108,7 @@ class Transformer(nn.Module):
     chosen = {
       'positions': layers.POSITIONS,
       'ffn': layers.ACTIVATIONS,
+      'attention': flash.BACKENDS,
       'norm': layers.NORMS,
       'norm_position': NORM_POSITIONS,
       'initializer': layers.INITS,
@@ -132,6 +134,11 @@ class Transformer(nn.Module):
     for key in ('dropout', 'attention_dropout'):
       if not 0 <= getattr(self, key) < 1:
         raise UserError(f'model.{key} = {getattr(self, key)} must be at least 0 and below 1')
+    if self.attention in flash.KERNELS:
+      biased = layers.POSITIONS[self.positions].bias is not layers.NoPositions.bias
+      asked = dict(bias=biased, dropout=self.attention_dropout > 0, dtype=self.dtype)
+      if why := flash.lacks(self.attention, head_dim=self.dim // self.heads, **asked):
+        raise UserError(f'model.attention = "{self.attention}" cannot be: {why}')
     super().__post_init__()
 
   def setup(self):
@@ -170,6 +177,7 @@ class Transformer(nn.Module):
         qk_norm=self.qk_norm,
         window=self.window,
         dropout=self.attention_dropout,
+        backend=self.attention,
         parent=None,
         **parts,
       ),

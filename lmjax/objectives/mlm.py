@@ -218,7 +218,11 @@ class MaskedLM(nn.Module):
     x_BLD = self.embed(batch['tokens'])
     if self.objective.pairs:
       x_BLD += self.types(batch['types'])
-    mask = Mask(causal=False, segments_BL=batch['segments'])
+    segments_BL, o = batch['segments'], self.objective
+    if o.pairs_per_row > 1 or o.separate_documents:
+      mask = Mask(causal=False, segments_BL=segments_BL)
+    else:  # a text and padding after it, which more kernels know
+      mask = Mask(causal=False, lengths_B=(segments_BL > 0).sum(axis=1))
     return self.core(x_BLD, mask, train, batch.get('positions'))
 
   def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
