@@ -124,6 +124,7 @@ def param_shardings(boxed: Any, mesh: Mesh, strategy: str, of_state: bool = Fals
         raise UserError(
           f'{where}: its dimension "{name}" of {size} does not divide over {ways} devices '
           f'(sharding.{", sharding.".join(axes)}): change the one or the other'
+          f'{", or round it up with model.vocab_multiple" if name == "vocab" else ""}'
         )
   return places
 

@@ -14,10 +14,16 @@ from lmjax.metrics import Mean
 from lmjax.models import layers
 
 
+def table_rows(vocab_size: int, multiple: int) -> int:
+  """Rows of a table of the vocabulary: with some that no token has, it divides over devices."""
+  return -(-vocab_size // multiple) * multiple
+
+
 class TokenHead(nn.Module):
   """Logits over the vocabulary in float32, tied to the embedding table or with one of its own."""
 
   vocab_size: int
+  rows: int  # of the table; those beyond the vocabulary have no probability
   dim: int
   tied: bool
   bias: bool
@@ -27,14 +33,15 @@ class TokenHead(nn.Module):
   def setup(self):
     if not self.tied:
       axes = ('vocab', 'embed')
-      self.table = layers.Embed(self.vocab_size, self.dim, axes, self.initializers, role='head')
+      self.table = layers.Embed(self.rows, self.dim, axes, self.initializers, role='head')
     if self.bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
-      self.bias_V = self.param('bias', zeros, (self.vocab_size,))
+      self.bias_V = self.param('bias', zeros, (self.rows,))
 
   def __call__(self, x_BLD: jax.Array, embed: layers.Embed) -> jax.Array:
     logits_BLV = (embed if self.tied else self.table).attend(x_BLD, self.dtype)
-    return logits_BLV + self.bias_V[None, None] if self.bias else logits_BLV
+    logits_BLV = logits_BLV + self.bias_V[None, None] if self.bias else logits_BLV
+    return logits_BLV[..., : self.vocab_size]
 
   def loss(
     self,
@@ -45,10 +52,13 @@ class TokenHead(nn.Module):
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
   ) -> tuple[Mean, Mean, Mean]:
-    """cross_entropy of the logits, which never are in memory all at once."""
+    """cross_entropy of the logits, which never are in memory all at once.
+
+    Gradients flow through the first number only; the others are to be looked at.
+    """
     table_VD = (embed if self.tied else self.table).table
-    bias_V = self.bias_V if self.bias else jnp.zeros(self.vocab_size)
-    options = (label_smoothing, z_loss, self.dtype)
+    bias_V = self.bias_V if self.bias else jnp.zeros(self.rows)
+    options = (label_smoothing, z_loss, self.vocab_size, self.dtype)
     totals = _chunked(x_BLD, table_VD, bias_V, targets_BL, weights_BL, *options)
     weight = weights_BL.sum()
     return tuple(Mean(total, weight) for total in totals)
@@ -77,12 +87,18 @@ def cross_entropy(
   weights_BL: jax.Array,
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
+  classes: int | None = None,
 ) -> tuple[Mean, Mean, Mean]:
   """(loss, cross-entropy, accuracy), each a Mean over the weighted places; natural logarithms.
 
   The loss is the cross-entropy against targets smoothed towards uniform (Szegedy et al., 2016) plus
-  z_loss * log(Z)^2 (Chowdhery et al., 2022); the second number has neither.
+  z_loss * log(Z)^2 (Chowdhery et al., 2022); the second number has neither.  Of V only the first
+  `classes` are any; None: all.
   """
+  classes = classes or logits_BLV.shape[-1]
+  real_BLV = jnp.arange(logits_BLV.shape[-1])[None, None] < classes
+  if classes < logits_BLV.shape[-1]:
+    logits_BLV = jnp.where(real_BLV, logits_BLV, jnp.finfo(logits_BLV.dtype).min)
   largest_BL = jax.lax.stop_gradient(logits_BLV.max(axis=-1))
   sum_BL = jnp.exp(logits_BLV - largest_BL[..., None]).sum(axis=-1)
   log_z_BL = largest_BL + jnp.log(sum_BL)
@@ -90,7 +106,7 @@ def cross_entropy(
   xent_BL = log_z_BL - target_BL
   loss_BL = xent_BL
   if label_smoothing:
-    uniform_BL = log_z_BL - logits_BLV.mean(axis=-1)
+    uniform_BL = log_z_BL - (logits_BLV * real_BLV).sum(axis=-1) / classes
     loss_BL = (1 - label_smoothing) * xent_BL + label_smoothing * uniform_BL
   if z_loss:
     loss_BL += z_loss * log_z_BL**2
@@ -104,13 +120,15 @@ def cross_entropy(
 CHUNK = 1 << 26  # logits at a time on a device: 256 MiB of float32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked(x_BLD, table_VD, bias_V, targets_BL, weights_BL, label_smoothing, z_loss, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _chunked(
+  x_BLD, table_VD, bias_V, targets_BL, weights_BL, label_smoothing, z_loss, classes, dtype
+):
   """Totals of cross_entropy(x @ table.T + bias); the first has gradients by x, table and bias.
 
   They are computed with the loss, chunk by chunk, so that no logits are kept or computed twice.
   """
-  options = (label_smoothing, z_loss, dtype)
+  options = (label_smoothing, z_loss, classes, dtype)
   return _scan(x_BLD, table_VD, bias_V, targets_BL, weights_BL, *options, gradients=False)[0]
 
 
@@ -118,7 +136,7 @@ def _forward(*args):
   return _scan(*args, gradients=True)
 
 
-def _backward(label_smoothing, z_loss, dtype, gradients, of_totals):
+def _backward(label_smoothing, z_loss, classes, dtype, gradients, of_totals):
   return *(x * of_totals[0].astype(x.dtype) for x in gradients), None, None
 
 
@@ -126,18 +144,27 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _scan(
-  x_BLD, table_VD, bias_V, targets_BL, weights_BL, label_smoothing, z_loss, dtype, gradients
+  x_BLD,
+  table_VD,
+  bias_V,
+  targets_BL,
+  weights_BL,
+  label_smoothing,
+  z_loss,
+  classes,
+  dtype,
+  gradients,
 ):
   """(totals, gradients of the first of them), summed over chunks of the length."""
   (b, length, d), v = x_BLD.shape, len(table_VD)
   devices = jax.sharding.get_abstract_mesh().size or 1
-  n = min(length, math.ceil(b * length * v / (CHUNK * devices)))
+  least = math.ceil(b * length * v / (CHUNK * devices))
+  n = next(n for n in range(1, length + 1) if n >= min(least, length) and length % n == 0)
   table_VD = table_VD.astype(dtype)
 
   def cut(x):
-    x = jnp.pad(x, [(0, 0), (0, -length % n)] + [(0, 0)] * (x.ndim - 2))
     # Every n-th place, so that each shard of the length has its share of a chunk.
-    return jnp.moveaxis(x.reshape(b, -1, n, *x.shape[2:]), 2, 0)
+    return jnp.moveaxis(x.reshape(b, length // n, n, *x.shape[2:]), 2, 0)
 
   def body(carry, chunk):
     x_BCD, targets_BC, weights_BC = chunk
@@ -146,7 +173,7 @@ def _scan(
     logits_BCV = nn.with_logical_constraint(logits_BCV, ('batch', None, 'vocab'))
 
     def totals(logits_BCV):
-      means = cross_entropy(logits_BCV, targets_BC, weights_BC, label_smoothing, z_loss)
+      means = cross_entropy(logits_BCV, targets_BC, weights_BC, label_smoothing, z_loss, classes)
       return means[0].total, tuple(mean.total for mean in means)
 
     if not gradients:
@@ -162,5 +189,5 @@ def _scan(
   carry, d_NBCD = jax.lax.scan(body, carry, tuple(map(cut, (x_BLD, targets_BL, weights_BL))))
   if not gradients:
     return carry, None
-  d_BLD = jnp.moveaxis(d_NBCD, 0, 2).reshape(b, -1, d)[:, :length]
+  d_BLD = jnp.moveaxis(d_NBCD, 0, 2).reshape(b, length, d)
   return carry[0], (d_BLD, *carry[1:])

@@ -94,6 +94,7 @@ class Transformer(nn.Module):
   bias: bool = True  # in projections and LayerNorms
   qk_norm: bool = False  # RMSNorm on queries and keys
   window: int = 0  # attend to fewer than this many places away; 0: to all
+  vocab_multiple: int = 1  # the table's rows are rounded up to it, so that they divide over devices
   dropout: float = 0.0  # on embeddings and on what each part adds
   attention_dropout: float = 0.0  # on attention weights
   attention: str = 'auto'  # what computes it: auto, reference, splash, cudnn, triton
@@ -119,7 +120,7 @@ class Transformer(nn.Module):
       name = getattr(self, key)
       if name not in known:
         raise UserError(f'there is no model.{key} "{name}"{did_you_mean(name, known)}')
-    for key in ('depth', 'dim', 'heads', 'kv_heads', 'ffn_dim', 'max_length'):
+    for key in ('depth', 'dim', 'heads', 'kv_heads', 'ffn_dim', 'max_length', 'vocab_multiple'):
       if getattr(self, key) is not None and getattr(self, key) < 1:
         raise UserError(f'model.{key} = {getattr(self, key)} must be at least 1')
     for key in ('window', 'norm_epsilon'):

@@ -99,14 +99,12 @@ class CausalLM(nn.Module):
   objective: Objective
 
   def setup(self):
-    init, dtype = (
-      layers.Initializers(self.core.initializer, self.core.depth),
-      jnp.dtype(self.core.dtype),
-    )
-    self.embed = layers.Embed(self.vocab_size, self.core.dim, ('vocab', 'embed'), init)
-    self.head = heads.TokenHead(
-      self.vocab_size, self.core.dim, self.objective.tied, False, init, dtype
-    )
+    core, d = self.core, self.core.dim
+    init, dtype = layers.Initializers(core.initializer, core.depth), jnp.dtype(core.dtype)
+    rows = heads.table_rows(self.vocab_size, core.vocab_multiple)
+    self.embed = layers.Embed(rows, d, ('vocab', 'embed'), init)
+    tied = self.objective.tied
+    self.head = heads.TokenHead(self.vocab_size, rows, d, tied, False, init, dtype)
 
   def encode(
     self,
