@@ -22,7 +22,10 @@ FLOORS = [
       *('data.pieces', 'data.tokenizer', 'data.store', 'data.pack'),
     ],
     ['data.corrupt', 'data.loader'],
-    ['models.layers', 'models.attention', 'models.transformer'],
+    [
+      *('models.products', 'models.layers', 'models.flash'),
+      *('models.attention', 'models.transformer'),
+    ],
     ['models.heads'],
     ['models'],
     ['data'],
@@ -36,7 +39,7 @@ FLOORS = [
   [['main'], ['data.__main__']],
 ]
 # heads builds on layers, and stands beside the cores.
-ALLOWED = {('models.heads', 'models.layers')}
+ALLOWED = {('models.heads', 'models.layers'), ('models.heads', 'models.products')}
 
 
 def name_of(path: pathlib.Path) -> str:

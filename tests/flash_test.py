@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from lmjax import sharding
 from lmjax.config import UserError
 from lmjax.data import loader
-from lmjax.models import flash
+from lmjax.models import flash, products
 from lmjax.models.attention import Mask, attention, reference
 
 B, L, N, G, H = 2, 512, 4, 2, 16
@@ -97,7 +97,7 @@ def stand_in(monkeypatch):
   """The kernels of a platform, interpreted, on these devices."""
 
   def replace(name):
-    monkeypatch.setattr(flash, '_platform', lambda: flash.KERNELS[name].platform)
+    monkeypatch.setattr(products, 'platform', lambda: flash.KERNELS[name].platform)
     kernel = flash.KERNELS[name]
     fields = {f: getattr(kernel, f) for f in kernel.__dataclass_fields__}
     fields |= dict(call=STAND_IN[name], dtypes=('float32',))
@@ -199,7 +199,7 @@ CHOICES = {
 @pytest.mark.parametrize('case', CHOICES)
 def test_choice_and_reason(monkeypatch, case):
   platform, differs, name, why = CHOICES[case]
-  monkeypatch.setattr(flash, '_platform', lambda: platform)
+  monkeypatch.setattr(products, 'platform', lambda: platform)
   asked = dict(masks=('causal',), dtype='bfloat16', head_dim=64, length=1024) | differs
   got = flash.choose('auto', **asked)
   assert got[0] == name
@@ -211,12 +211,12 @@ def test_choice_and_reason(monkeypatch, case):
 
 
 def test_a_sharded_length_is_a_reason(monkeypatch):
-  monkeypatch.setattr(flash, '_platform', lambda: 'gpu')
+  monkeypatch.setattr(products, 'platform', lambda: 'gpu')
   with jax.set_mesh(sharding.make_mesh({'sequence': 8})), sharding.logical_axes('sequence'):
     assert flash.choose('auto', length=1024)[0] == 'reference'
     with pytest.raises(UserError, match='cudnn does not shard the length'):
       flash.choose('cudnn', length=1024)
-    monkeypatch.setattr(flash, '_platform', lambda: 'tpu')
+    monkeypatch.setattr(products, 'platform', lambda: 'tpu')
     assert flash.choose('auto', length=1024)[0] == 'splash'
     assert 'multiple of 1024, not 512' in flash.choose('auto', length=512)[1]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.models import flash, layers
+from lmjax.models import flash, layers, products
 
 
 @flax.struct.dataclass
@@ -129,7 +129,7 @@ def reference(
   q_BGRLH = q_BLNH.reshape(b, length, g, n // g, h).transpose(0, 2, 3, 1, 4) * h**-0.5
   k_BGSH, v_BGSH = k_BSGH.swapaxes(1, 2), v_BSGH.swapaxes(1, 2)
   rows = (b, g, n // g * length)
-  logits = jnp.einsum('BGLH,BGSH->BGLS', q_BGRLH.reshape(*rows, h), k_BGSH)
+  logits = products.matmul(q_BGRLH.reshape(*rows, h), k_BGSH.mT)
   logits = logits.astype(jnp.float32).reshape(b, g, n // g, length, keys)
   if bias_BNLS is not None:
     logits += bias_BNLS.reshape(-1, g, n // g, *bias_BNLS.shape[2:])
@@ -137,7 +137,7 @@ def reference(
   weights = jax.nn.softmax(logits).astype(v_BSGH.dtype)
   if dropout is not None:
     weights = dropout(weights)
-  y_BGLH = jnp.einsum('BGLS,BGSH->BGLH', weights.reshape(*rows, keys), v_BGSH)
+  y_BGLH = products.matmul(weights.reshape(*rows, keys), v_BGSH)
   y_BLNH = y_BGLH.reshape(b, n, length, h).swapaxes(1, 2)
   return y_BLNH * allowed_BLS.any(axis=-1)[:, :, None, None]
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.config import UserError
+from lmjax.models import products
 
 QUERY, KEY = ('batch', 'length', 'heads', 'kv'), ('batch', None, 'heads', 'kv')
 
@@ -215,7 +216,7 @@ BACKENDS = ('auto', 'reference', *KERNELS)
 
 def choose(backend: str, **asked: Any) -> tuple[str, str]:
   """(what computes it, why); `asked` are arguments of `lacks`."""
-  platform = _platform()
+  platform = products.platform()
   if backend == 'auto':
     there = [name for name, kernel in KERNELS.items() if kernel.platform == platform]
     why = {name: lacks(name, platform=platform, **asked) for name in there}
@@ -260,9 +261,3 @@ def lacks(
     f'takes lengths of a multiple of {multiple}, not {length}': (length or 0) % multiple,
   }
   return next((f'{name} {reason}' for reason, holds in reasons.items() if holds), '')
-
-
-def _platform() -> str:
-  """Of the devices that the program is for, which need not be those of this machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else jax.default_backend()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax.metrics import Mean
-from lmjax.models import layers
+from lmjax.models import layers, products
 
 
 def table_rows(vocab_size: int, multiple: int) -> int:
@@ -169,7 +169,7 @@ def _scan(
   def body(carry, chunk):
     x_BCD, targets_BC, weights_BC = chunk
     x_BCD = x_BCD.astype(dtype)
-    logits_BCV = layers.product(x_BCD, table_VD.T, 1, jnp.float32) + bias_V[None, None]
+    logits_BCV = products.product(x_BCD, table_VD.T, 1, jnp.float32) + bias_V[None, None]
     logits_BCV = nn.with_logical_constraint(logits_BCV, ('batch', None, 'vocab'))
 
     def totals(logits_BCV):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lmjax.models import products
+
 Initializer = jax.nn.initializers.Initializer
 
 
@@ -62,17 +64,6 @@ class Initializers:
 # --------------------------------------------------------------------------- products and tables
 
 
-def product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = None) -> jax.Array:
-  """Sums over the last n dimensions of x and the first n of the kernel."""
-  if any(name in ('length', 'residual_length') for name, _ in nn.get_logical_axis_rules()):
-    return jnp.tensordot(x, kernel, n, preferred_element_type=dtype)  # merging would gather x
-  # As a product of two matrices: the gradient of the kernel of a product over three dimensions
-  # takes XLA's CPU compiler twice the time.
-  inner = math.prod(kernel.shape[:n])
-  y = jnp.matmul(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
-  return y.reshape(*x.shape[: x.ndim - n], *kernel.shape[n:])
-
-
 class Linear(nn.Module):
   """x times a kernel: [..., *inputs] -> [..., *outputs], plus a bias.
 
@@ -92,7 +83,7 @@ class Linear(nn.Module):
     fan_in, n = math.prod(self.inputs), len(self.inputs)
     init = nn.with_logical_partitioning(self.initializers(self.role, fan_in), self.axes)
     kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(self.dtype)
-    y = product(x.astype(self.dtype), kernel, n)
+    y = products.product(x.astype(self.dtype), kernel, n)
     if not self.bias:
       return y
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
@@ -118,7 +109,7 @@ class Embed(nn.Module):
 
   def attend(self, x_BLD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Logits in float32: rounded to bfloat16, in one row of forty the two largest are equal."""
-    return product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
+    return products.product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
 
 
 def norm(kind: str, epsilon: float, bias: bool, axis: str = 'embed', name: str | None = None):
