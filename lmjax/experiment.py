@@ -100,7 +100,9 @@ class Experiment:
 
   def boxed_shapes(self) -> Any:
     """What init_params makes, in shapes only."""
-    return jax.eval_shape(self.init_params, jax.random.key(0), self.abstract_batch())
+    # The key is made inside: the mesh may be of devices that are not here.
+    init = lambda batch: self.init_params(jax.random.key(0), batch)
+    return jax.eval_shape(init, self.abstract_batch())
 
   def abstract_params(self, mesh: Mesh) -> Any:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
