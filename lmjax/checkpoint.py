@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
+from lmjax import processes
 from lmjax.config import UserError
 
 
@@ -103,7 +104,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   ) -> tuple[int, Any, dict] | None:
     """`restore` of what was saved below a path such as 'opt_state/0/mu'; '' is the whole state."""
     self.wait()
-    step = max(self.steps(), default=None) if step is None else step
+    step = self._newest() if step is None else step
     if step is None:
       return None
     wanted, stored = _flat(like, path), self.structure(step)
@@ -130,6 +131,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     found = ocp.path.step.standard_name_format().find_all(self.directory)
     return sorted(x.step for x in found if self._document_path(x.step).exists())
 
+  def _newest(self) -> int | None:
+    """The same for all processes, whatever a host remembers of a disk in the network."""
+    return processes.share(max(self.steps(), default=None))
+
   def meta(self, step: int) -> dict:
     """What was saved as `meta`. UserError if there is no such step."""
     return self._document(step)['meta']
@@ -143,7 +148,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def average_path(self, step: int | None = None) -> str:
     """For `restore_subtree`: where a step has the moving average of the parameters, or 'params'."""
-    step = max(self.steps(), default=None) if step is None else step
+    step = self._newest() if step is None else step
     names = self.structure(step) if step is not None else {}
     found = (name.partition('/average/') for name in names if name.startswith('opt_state/'))
     return next((f'{above}/average' for above, here, _ in found if here), 'params')

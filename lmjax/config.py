@@ -15,12 +15,11 @@ import math
 import os
 import pathlib
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from lmjax import schema
@@ -277,24 +276,3 @@ def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrid
   if isinstance(part, list):
     return part
   return [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]
-
-
-# ------------------------------------------------------------------------------- the command line
-
-
-def run_command(main: Callable[[], None], argv: list[str] | None = None) -> None:
-  """Parses the flags and runs `main`; an exception that knows its exit code becomes a sentence."""
-  argv = argv or sys.argv
-  if {'-h', '--help', '--helpshort'} & set(argv):
-    app.usage(shorthelp=True, exitcode=0)
-  try:
-    parse_flags(argv)
-    main()
-  except KeyboardInterrupt:
-    print('\nlmjax: interrupted; what was saved is kept', file=sys.stderr, flush=True)
-    sys.exit(130)
-  except Exception as e:
-    if not hasattr(e, 'exit_code'):
-      raise  # a bug of ours: traceback, exit code 1
-    print(f'lmjax: {e}', file=sys.stderr, flush=True)
-    sys.exit(e.exit_code)

@@ -9,7 +9,7 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import config, metrics, record, sharding
+from lmjax import command, metrics, processes, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError, did_you_mean
 from lmjax.data import loader
@@ -31,7 +31,8 @@ class Evaluator:
 
   def _evaluate(self, name: str, params: Any) -> dict[str, float]:
     c = self.parts.config
-    batches = loader.eval_batches(self.parts.examples(name), c['batch'], c['evaluate']['batches'])
+    examples, rows = self.parts.examples(name), self.parts.rows(self.mesh)
+    batches = loader.eval_batches(examples, c['batch'], c['evaluate']['batches'], rows)
     fetched, running = [], None
     for batch in batches:
       ahead = self._step(params, self.parts.place(batch, self.mesh))
@@ -101,6 +102,7 @@ def restore_params(
 def run(workdir: str, step: int | None = None) -> dict[str, float]:
   """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
   parts = open_run(workdir, evaluation=True)
+  processes.check_same(parts.digests)
   record.check_data(run_path(workdir), parts.digests)
   mesh = sharding.make_mesh()
   strategy = parts.config['sharding']['strategy']
@@ -115,10 +117,13 @@ def run(workdir: str, step: int | None = None) -> dict[str, float]:
 def main() -> None:
   if not flags.FLAGS.workdir:
     raise UserError('name the run with --workdir DIR')
-  print(json.dumps(run(flags.FLAGS.workdir, flags.FLAGS.step), indent=2))
+  asked = {'workdir': flags.FLAGS.workdir, 'step': flags.FLAGS.step}
+  with command.joined(record.flatten({**record.software(), **asked})):
+    print(json.dumps(run(**asked), indent=2))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'The directory of the run.')
   flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.')
-  config.run_command(main)
+  command.define_process_flags()
+  command.run(main)

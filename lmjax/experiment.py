@@ -89,10 +89,15 @@ class Experiment:
     shape = lambda x: jax.ShapeDtypeStruct((self.config['batch'], *x.shape[1:]), x.dtype)
     return jax.tree.map(shape, rows)
 
+  def rows(self, mesh: Mesh) -> loader.Rows:
+    """The rows of a global batch that this process makes: those that its devices hold."""
+    place = sharding.batch_shardings(0, mesh, self.config['sharding']['strategy'])
+    return loader.rows_here(place, self.config['batch'])
+
   def place(self, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The global arrays of a batch, of which this process has its rows."""
-    strategy = self.config['sharding']['strategy']
-    return loader.to_device(batch, sharding.batch_shardings(batch, mesh, strategy))
+    shardings = sharding.batch_shardings(batch, mesh, self.config['sharding']['strategy'])
+    return loader.to_device(batch, self.config['batch'], shardings)
 
   def init_params(self, key: jax.Array, batch: dict[str, jax.Array]) -> Any:
     """Parameters boxed with their axis names; trace it with jax.jit or jax.eval_shape."""
@@ -206,10 +211,15 @@ def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:
   key = json.dumps([options, source.fingerprint], sort_keys=True)
   digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
   directory = epath.Path(config['cache']).expanduser() / 'tokenizers' / digest
-  if directory.exists():
-    return tokenizer.load(str(directory))
-  print(f'training the tokenizer {options["name"]} on {source.spec}', flush=True)
-  made = tokenizer.get(texts=texts, **options)
+  if not directory.exists():
+    with store.lock(directory):
+      if not directory.exists():
+        print(f'training the tokenizer {options["name"]} on {source.spec}', flush=True)
+        _keep(tokenizer.get(texts=texts, **options), directory)
+  return tokenizer.load(str(directory))
+
+
+def _keep(made: Tokenizer, directory: epath.Path) -> None:
   scratch = epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp')
   scratch.mkdir(parents=True)
   made.save(str(scratch))
@@ -217,4 +227,3 @@ def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:
     scratch.rename(directory)
   except OSError:  # another run made it at the same time
     scratch.rmtree()
-  return made

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from lmjax import config, sharding
+from lmjax import command, record, sharding
 from lmjax.config import UserError
 from lmjax.evaluate import restore_params
 from lmjax.experiment import Experiment, open_run
@@ -151,13 +151,15 @@ def main() -> None:
   f = flags.FLAGS
   if not f.workdir:
     raise UserError('name the run with --workdir DIR')
-  parts = open_run(f.workdir)
-  check_causal(parts)
-  mesh = sharding.make_mesh()
-  with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
-    _, params = restore_params(parts, f.workdir, mesh, f.step)
-    sampling = (f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed)
-    print(continue_text(parts, params, f.prompt, *sampling))
+  sampling = ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+  asked = {name: f[name].value for name in ('workdir', 'step', 'prompt', *sampling)}
+  with command.joined(record.flatten({**record.software(), **asked})):
+    parts = open_run(f.workdir)
+    check_causal(parts)
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
+      _, params = restore_params(parts, f.workdir, mesh, f.step)
+      print(continue_text(parts, params, f.prompt, **{name: asked[name] for name in sampling}))
 
 
 if __name__ == '__main__':
@@ -169,4 +171,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('top_k', 0, 'Draw from so many likeliest tokens; 0: from all.')
   flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest that make up this probability.')
   flags.DEFINE_integer('seed', 0, 'Of the draw.')
-  config.run_command(main)
+  command.define_process_flags()
+  command.run(main)

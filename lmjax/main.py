@@ -10,7 +10,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from lmjax import config
+from lmjax import command, config
 
 # A step allocates its temporaries anew.  By default glibc gives freed ones back to the system, and
 # clearing them again takes a quarter of the CPU time of a small model on a CPU: Shakespeare on two
@@ -33,14 +33,19 @@ def main() -> None:
     raise config.UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if not flags.FLAGS.workdir:
     raise config.UserError('name a directory for the run with --workdir DIR')
-  resolved = config.resolve(flags.FLAGS.config)
-  from lmjax import train  # imports JAX, which a wrong config need not wait for
+  resolved, workdir = config.resolve(flags.FLAGS.config), flags.FLAGS.workdir
+  from lmjax import record
 
-  train.run(resolved, flags.FLAGS.workdir)
+  asked = {**record.software(), 'config': resolved, 'workdir': workdir}
+  with command.joined(record.flatten(asked)):
+    from lmjax import train  # imports JAX, which a wrong config need not wait for
+
+    train.run(resolved, workdir)
 
 
 if __name__ == '__main__':
   keep_freed_memory()
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
-  config.run_command(main)
+  command.define_process_flags()
+  command.run(main)

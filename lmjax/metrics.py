@@ -15,6 +15,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from lmjax import processes
+
 
 class Mean(NamedTuple):
   """A sum and its weight; added over devices, micro-batches and batches, and divided once.
@@ -104,6 +106,7 @@ class NonFinite(FloatingPointError):
 class Log:
   """What a run says: metrics.jsonl and ledger.jsonl, TensorBoard, a bar or lines for a person.
 
+  Of several processes all keep a log, since all add to the ledger, and process 0 writes it.
   Numbers stay on the device until a step is due to be written, and then it is the step before the
   one that is running, so that the host never holds the device up.
   """
@@ -124,12 +127,13 @@ class Log:
     self._steps, self._every, self._cost, self._workdir = steps, options['every'], cost, workdir
     self._saved = saved
     self._files = {}
-    for name in ('metrics', 'ledger'):
+    self._writes = processes.index() == 0
+    for name in ('metrics', 'ledger') if self._writes else ():
       path = workdir / f'{name}.jsonl'
       _truncate(path, start)
       self._files[name] = path.open('a')
     self._board = None
-    if options['tensorboard']:
+    if options['tensorboard'] and self._writes:
       import tensorboardX  # takes 0.2 s to import
 
       self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
@@ -162,7 +166,10 @@ class Log:
     self._began, self._waited = time.perf_counter(), 0.0
 
   def push(self, step: int, fingerprint: int, numbers: Mapping[str, Any]) -> None:
-    """Takes a step's numbers, still on the device; writes those before it when they are due."""
+    """Takes a step's numbers, still on the device; writes those before it when they are due.
+
+    `fingerprint` is that of the rows that this process counts.
+    """
     if self._pending and self._pending[-1][0] % self._every == 0:
       self.flush()
     self._pending.append((step, fingerprint, numbers))
@@ -178,9 +185,11 @@ class Log:
     numbers = jax.device_get(numbers)
     seconds, waited = time.perf_counter() - self._began, self._waited
     self.restart_clock()
-    for step, fingerprint in zip(steps, fingerprints, strict=True):
-      self._files['ledger'].write(json.dumps({'step': step, 'hash': f'{fingerprint:016x}'}) + '\n')
-    self._files['ledger'].flush()
+    if everyones := processes.collect(fingerprints):
+      for step, *parts in zip(steps, *everyones, strict=True):
+        line = {'step': step, 'hash': f'{sum(parts) % (1 << 64):016x}'}
+        self._files['ledger'].write(json.dumps(line) + '\n')
+      self._files['ledger'].flush()
     for step, result in zip(steps, numbers, strict=True):
       self._check_finite(step, result)
     self._bar.update(len(steps))
@@ -196,6 +205,8 @@ class Log:
     self.write(steps[-1], values)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    if not self._writes:
+      return
     self._files['metrics'].write(json.dumps({'step': step, **values}) + '\n')
     self._files['metrics'].flush()
     if self._board:
@@ -258,8 +269,9 @@ def _truncate(path: epath.Path, step: int) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all."""
-  _write(path, json.dumps(value, indent=2) + '\n')
+  """Process 0 writes a JSON file, whole or not at all."""
+  if processes.index() == 0:
+    _write(path, json.dumps(value, indent=2) + '\n')
 
 
 def _write(path: epath.Path, text: str) -> None:

@@ -22,12 +22,17 @@ _PACKAGES = ('lmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'num
 def describe(fingerprints: Mapping[str, str], devices: list[str]) -> dict[str, Any]:
   """Everything but the config that decides a run's numbers, as JSON values."""
   return {
-    'versions': {p: _version(p) for p in _PACKAGES} | {'python': platform.python_version()},
-    'code': _commit(),
+    **software(),
     'devices': devices,
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'data': dict(fingerprints),
   }
+
+
+def software() -> dict[str, Any]:
+  """The versions of what runs."""
+  versions = {p: _version(p) for p in _PACKAGES} | {'python': platform.python_version()}
+  return {'versions': versions, 'code': _commit()}
 
 
 def check_data(workdir: epath.Path, digests: Mapping[str, str]) -> None:

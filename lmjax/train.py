@@ -1,7 +1,6 @@
 """Training: run() is the loop, make_step() the step, init_state() what they work on."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,15 +14,13 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, metrics, optimizer, record, sharding
+from lmjax import experiment, generate, metrics, optimizer, processes, record, sharding
+from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
 from lmjax.data import loader
 from lmjax.evaluate import Evaluator, check_best, restore_params
 from lmjax.experiment import Experiment
-
-# What may differ when a run is taken up again: no parameter depends on it.
-FREE = ('cache', 'checkpoint', 'evaluate', 'log', 'sharding')
 
 
 @flax.struct.dataclass
@@ -122,7 +119,7 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   """
   c = config_lib.resolve(config)
   path = experiment.run_path(workdir)
-  finished = _check_workdir(path, c)
+  finished = workdir_lib.check(path, c)
   if finished:
     print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
     return finished
@@ -137,6 +134,7 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   if c['tokenizer'].get('vocab_size'):  # what does not divide is found before the tokenizer is made
     sharding.param_shardings(experiment.sketch(c).boxed_shapes(), mesh, strategy)
   digests = parts.digests
+  processes.check_same(digests)
   if (path / 'record.json').exists():
     record.check_data(path, digests)
   check_best(parts)
@@ -156,7 +154,8 @@ def _train(
   limit = c['sharding']['max_unsharded']
   whole = sharding.unsharded(like.params, mesh, c['sharding']['strategy'], limit)
   print(f'{count:,} parameters, {whole:.1%} of them whole on each of {mesh.size} device(s)')
-  data = loader.Loader(parts.examples('train'), c['batch'], c['seed'])
+  rows = parts.rows(mesh)
+  data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
 
   def saved():
     checkpoints.wait()
@@ -164,7 +163,7 @@ def _train(
 
   def load(step):
     batch = data.batch(step)
-    return loader.fingerprint(batch), parts.place(batch, mesh)
+    return loader.fingerprint(batch, rows), parts.place(batch, mesh)
 
   with contextlib.ExitStack() as stack:
     keep = {key: c['checkpoint'][key] for key in ('keep_last', 'keep_every', 'keep_best')}
@@ -174,7 +173,7 @@ def _train(
     if restored:
       print(f'resuming at step {start} of {steps}', flush=True)
     state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
-    _describe(parts, path, digests)
+    workdir_lib.describe(parts, path, digests)
     step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
     log = metrics.Log(path, start, steps, c['log'], cost, saved)
     stack.enter_context(log)
@@ -265,35 +264,3 @@ def _finish(
     print(f'\n{result["sample"]}\n')
   metrics.write_json(path / 'result.json', result)
   return result
-
-
-# -------------------------------------------------------------------------------------- the workdir
-
-
-def _check_workdir(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-  """The result of a finished run; UserError where the directory cannot be this run's."""
-  if (path / 'config.json').exists():
-    there = json.loads((path / 'config.json').read_text())
-    changed = record.differences(there, config)
-    changed = {k: v for k, v in changed.items() if k.split('.')[0] not in FREE}
-    if changed:
-      what = '; '.join(f'{k} is {a!r} there and {b!r} here' for k, (a, b) in changed.items())
-      raise UserError(f'{path} holds another experiment ({what}): choose another workdir')
-  if (path / 'result.json').exists():
-    return json.loads((path / 'result.json').read_text())
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path / '.probe', {})
-    (path / '.probe').unlink()
-  except OSError as e:
-    raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e
-  return None
-
-
-def _describe(parts: Experiment, path: epath.Path, digests: dict[str, str]) -> None:
-  """Writes what the run is, once everything fits together; config.json, last, makes it a run."""
-  if not (path / 'config.json').exists():
-    devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
-    parts.tokenizer.save(path / 'tokenizer')
-    metrics.write_json(path / 'record.json', record.describe(digests, devices))
-  metrics.write_json(path / 'config.json', parts.config)

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Floor by floor; a room imports only from floors below, and never sideways.  A list inside a floor
 # is a stair: its rooms may import those before them.
 FLOORS = [
-  [['schema', 'config'], ['metrics']],
+  [['schema', 'config', 'rollcall', 'processes', 'command', 'metrics']],
   [
     [
       *('data.streams', 'data.files', 'data.python_corpus', 'data.sources'),
@@ -35,7 +35,7 @@ FLOORS = [
     ['record'],
   ],
   [['objectives', 'objectives.clm'], ['objectives.mlm']],
-  [['experiment', 'evaluate', 'generate', 'train']],
+  [['experiment', 'workdir', 'evaluate', 'generate', 'train']],
   [['main'], ['data.__main__']],
 ]
 # heads builds on layers, and stands beside the cores.

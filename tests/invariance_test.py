@@ -46,14 +46,16 @@ STRATEGIES = {
 }
 
 
-def curve(experiment, devices: int, steps: int = 4) -> np.ndarray:
-  """[steps, terms + 1]: every term's mean and the gradient norm."""
+def curve(experiment, devices: int | list[int], steps: int = 4) -> np.ndarray:
+  """[steps, terms + 1]: every term's mean and the gradient norm, on the first or these devices."""
   c = experiment.config
-  mesh = sharding.make_mesh(c['sharding'], jax.devices()[:devices])
+  devices = range(devices) if isinstance(devices, int) else devices
+  mesh = sharding.make_mesh(c['sharding'], [jax.devices()[i] for i in devices])
   with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
     _, transform, make_state = train.init_state(experiment, mesh)
     state, step = make_state(), jax.jit(train.make_step(experiment, transform))
-    data, rows = loader.Loader(experiment.examples('train'), c['batch'], c['seed']), []
+    ours = experiment.rows(mesh)
+    data, rows = loader.Loader(experiment.examples('train'), c['batch'], c['seed'], ours), []
     for i in range(steps):
       state, numbers = step(state, experiment.place(data.batch(i), mesh))
       numbers = jax.device_get(numbers)

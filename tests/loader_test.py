@@ -60,6 +60,19 @@ def test_batches_do_not_depend_on_what_was_read_before():
   ]
 
 
+def test_a_process_makes_only_its_rows_of_the_same_batch():
+  rows = loader.Rows(np.array([1, 2, 6]), np.ones(3, bool))
+  for step in range(9):
+    whole = loader.Loader(Numbers(21), 8, seed=1).batch(step)
+    share = loader.Loader(Numbers(21), 8, seed=1, rows=rows).batch(step)
+    for name, value in whole.items():
+      np.testing.assert_array_equal(share[name], value[rows.numbers])
+  batches = [loader.eval_batches(Numbers(21), 8, rows=r) for r in (None, rows)]
+  for whole, share in zip(*batches, strict=True):
+    for name, value in whole.items():
+      np.testing.assert_array_equal(share[name], value[rows.numbers])
+
+
 @pytest.mark.parametrize(('n', 'batch'), [(5, 4), (8, 4), (3, 8)])
 def test_evaluation_counts_every_example_once(n, batch):
   seen = []
@@ -74,8 +87,10 @@ def test_fingerprint_adds_up_over_hosts_and_notices_everything():
   rng = np.random.default_rng(0)
   batch = {'a': rng.integers(0, 9, (8, 5)), 'b': rng.random((8, 3)).astype(np.float32)}
   whole = loader.fingerprint(batch)
-  halves = [{k: v[s] for k, v in batch.items()} for s in (slice(0, 4), slice(4, 8))]
-  parts = [loader.fingerprint(h, first) for h, first in zip(halves, (0, 4), strict=True)]
+  # Of two processes, which both make row 3, the first counts it.
+  shares = [([0, 1, 3], [1, 1, 1]), ([2, 3, 4, 5, 6, 7], [1, 0, 1, 1, 1, 1])]
+  rows = [loader.Rows(np.array(numbers), np.array(counted) > 0) for numbers, counted in shares]
+  parts = [loader.fingerprint({k: v[r.numbers] for k, v in batch.items()}, r) for r in rows]
   assert sum(parts) % (1 << 64) == whole
   for key in batch:
     other = {k: v.copy() for k, v in batch.items()}

@@ -216,6 +216,9 @@ def test_one_sentence_and_exit_code_2(files, tmp_path, name):
   assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
+RUN = ['main', '--config', CLM, '--workdir', '/tmp/x']
+
+
 @pytest.mark.parametrize(
   ('command', 'said'),
   [
@@ -224,6 +227,15 @@ def test_one_sentence_and_exit_code_2(files, tmp_path, name):
     (['main', '--config', CLM], '--workdir'),
     (['main', '--config', CLM, '--workdir', '/tmp/x', 'config.steps=3'], 'config.steps=3'),
     (['main', '--cfg', CLM], 'cfg'),
+    ([*RUN, '--processes=2'], 'all three or none'),
+    ([*RUN, '--processes=2', '--process=0'], 'all three or none'),
+    ([*RUN, '--coordinator=localhost', '--processes=2', '--process=0'], 'is not HOST:PORT'),
+    ([*RUN, '--coordinator=a:99999', '--processes=2', '--process=0'], 'is not HOST:PORT'),
+    ([*RUN, '--coordinator=a:1', '--processes=2', '--process=2'], 'is not one of 0 to 1'),
+    ([*RUN, '--coordinator=a:1', '--processes=0', '--process=0'], 'must be at least 1'),
+    ([*RUN, '--coordinator=a:1', '--processes=two', '--process=0'], '--processes'),
+    (['evaluate', '--workdir=/tmp/x', '--process=1'], 'all three or none'),
+    (['generate', '--workdir=/tmp/x', '--process=1'], 'all three or none'),
     (['evaluate'], '--workdir'),
     (['evaluate', '--workdir', '/nowhere'], 'no run in /nowhere'),
     (['generate', '--workdir', '/nowhere'], 'no run in /nowhere'),

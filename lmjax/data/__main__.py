@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lmjax import config, experiment
+from lmjax import command, config, experiment
 from lmjax.config import UserError
 
 
@@ -78,4 +78,4 @@ if __name__ == '__main__':
     sys.exit(2)
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_integer('rows', 3, 'How many rows to show.')
-  config.run_command(main, sys.argv[:1] + sys.argv[2:])
+  command.run(main, sys.argv[:1] + sys.argv[2:])

@@ -14,7 +14,9 @@ interrupted build goes on where it stopped.
 
 import bisect
 import concurrent.futures.process
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -25,7 +27,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -98,9 +100,32 @@ def build(source: Source, tokenizer: Tokenizer, cache: str) -> Store:
   key = f'{FORMAT} {source.fingerprint} {tokenizer.fingerprint}'
   directory = epath.Path(cache).expanduser() / 'stores' / _hash(key.encode())
   if not (directory / 'store.json').exists():
-    _build_shards(source, tokenizer, directory)
-    _commit(source, tokenizer, directory)
+    with lock(directory):
+      if not (directory / 'store.json').exists():
+        _build_shards(source, tokenizer, directory)
+        _commit(source, tokenizer, directory)
   return open_store(str(directory), tokenizer)
+
+
+@contextlib.contextmanager
+def lock(directory: epath.Path) -> Iterator[None]:
+  """Of the processes that see one disk, only one at a time is in here, to make `directory`.
+
+  Buckets and some network disks have no locks: there each makes it, and the last rename decides.
+  """
+  if '://' in str(directory):
+    yield
+    return
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  with open(f'{directory}.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f'waiting for another process that makes {directory}', flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      pass
+    yield
 
 
 def open_store(path: str, tokenizer: Tokenizer) -> Store:
@@ -241,7 +266,7 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
   }
   scratch = directory / f'store.{uuid.uuid4().hex[:8]}.tmp'
   scratch.write_text(json.dumps(meta, indent=2))
-  scratch.rename(directory / 'store.json')
+  scratch.replace(directory / 'store.json')
 
 
 def _load(path: epath.Path) -> np.ndarray:

@@ -1,0 +1,78 @@
+"""The command line: what every command does before and after its work."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from absl import app, flags
+
+from lmjax import config, processes
+from lmjax.config import UserError
+
+
+def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
+  """Parses the flags and runs `main`; an exception that knows its exit code becomes a sentence."""
+  argv = argv or sys.argv
+  if {'-h', '--help', '--helpshort'} & set(argv):
+    app.usage(shorthelp=True, exitcode=0)
+  try:
+    config.parse_flags(argv)
+    main()
+  except (KeyboardInterrupt, Exception) as e:
+    sys.exit(_explain(e))
+
+
+def _explain(error: BaseException) -> int:
+  """Says on stderr what has ended a command; returns its exit code."""
+  if isinstance(error, KeyboardInterrupt):
+    print('\nlmjax: interrupted; what was saved is kept', file=sys.stderr)
+    return 130
+  if hasattr(error, 'exit_code'):
+    print(f'lmjax: {error}', file=sys.stderr)
+    return error.exit_code
+  traceback.print_exception(error)  # a bug of ours
+  return 1
+
+
+def define_process_flags() -> None:
+  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where several processes meet.')
+  flags.DEFINE_integer('processes', None, 'How many there are.  TPU pods and SLURM say it.')
+  flags.DEFINE_integer('process', None, 'The number of this one, from 0.')
+
+
+@contextlib.contextmanager
+def joined(about: Mapping[str, Any]) -> Iterator[None]:
+  """In it, this process is one of those that the flags, SLURM or a TPU pod speak of, if any do.
+
+  All must have been given equal values of everything in `about`.  What one raises ends them all.
+  """
+  place = _asked() or processes.cluster()
+  if place is None or place[1] == 1:
+    yield
+    return
+  processes.start(*place, about)
+  try:
+    yield
+    processes.finish()
+  except BaseException as e:
+    processes.fail(_explain(e), e)
+
+
+def _asked() -> tuple[str, int, int] | None:
+  """(coordinator, processes, process) of the command line."""
+  f = flags.FLAGS
+  given = (f.coordinator, f.processes, f.process)
+  if given == ('', None, None):
+    return None
+  if '' in given or None in given:
+    raise UserError('--coordinator, --processes and --process go together: give all three or none')
+  host, _, port = f.coordinator.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    raise UserError(f'--coordinator={f.coordinator} is not HOST:PORT')
+  if f.processes < 1:
+    raise UserError(f'--processes={f.processes} must be at least 1')
+  if not 0 <= f.process < f.processes:
+    raise UserError(f'--process={f.process} is not one of 0 to {f.processes - 1} (--processes)')
+  return given

@@ -1,0 +1,312 @@
+"""Several processes are one run: its numbers, its files, and what is said where one is missing."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax import evaluate, experiment, generate, processes, rollcall, sharding, train
+from lmjax.config import UserError
+from lmjax.data import loader
+from lmjax.rollcall import ProcessLost
+from tests.invariance_test import OBJECTIVES, SIZES, curve
+from tests.train_test import as_file, lines
+
+# Devices 0 to 3 are those of one process and 4 to 7 of the other: taken in turns, every group of
+# them along the inner axis spans both processes, which then hold the same rows.
+IN_TURNS = [0, 4, 1, 5, 2, 6, 3, 7]
+CASES = {
+  'replicate': ('clm', {'data': 8}, range(8)),
+  'fsdp': ('bert', {'data': 8}, range(8)),
+  'sequence': ('clm', {'data': 2, 'sequence': 4}, IN_TURNS),
+  'tensor': ('bert', {'data': 2, 'model': 3}, IN_TURNS[:6]),
+}
+CHILD = """
+import json, sys
+from lmjax import evaluate, experiment, generate, processes, sharding
+from tests.processes_test import look
+
+port, index, job = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+processes.start(f'localhost:{port}', 2, index, {})
+seen = look(job)
+if index == 0:
+  with open(job['out'], 'w') as file:
+    json.dump(seen, file)
+processes.finish()
+"""
+
+
+def free_port() -> int:
+  with socket.create_server(('', 0)) as server:
+    return server.getsockname()[1]
+
+
+def spawn(arguments: list[str], **options) -> subprocess.Popen:
+  """A process with four devices."""
+  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'PYTHONPATH': os.getcwd()}
+  command = [sys.executable, '-W', 'ignore', *arguments]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  return subprocess.Popen(command, env=os.environ | flags, **pipes, **options)
+
+
+def look(job: dict) -> dict:
+  """What a job's experiments and a finished run show, on the devices there are."""
+  seen = {}
+  for name, c in job['configs'].items():
+    parts, devices = experiment.prepare(c), list(CASES[name][2])
+    seen[name] = curve(parts, devices, steps=5).tolist()
+    mesh = sharding.make_mesh(c['sharding'], [jax.devices()[i] for i in devices])
+    rows = parts.rows(mesh)
+    data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
+    everyones = processes.collect(loader.fingerprint(data.batch(3), rows)) or [0]
+    seen[f'ledger of {name}'] = sum(everyones) % (1 << 64)
+    seen[f'rows of {name}'] = processes.collect(rows.numbers.tolist())
+  seen['evaluation'] = evaluate.run(job['finished'])
+  parts, mesh = experiment.open_run(job['finished']), sharding.make_mesh()
+  with jax.set_mesh(mesh), sharding.logical_axes('replicate'):
+    _, params = evaluate.restore_params(parts, job['finished'], mesh)
+    seen['text'] = generate.continue_text(parts, params, 'The', 8, temperature=0)
+  return seen
+
+
+def test_two_processes_compute_what_one_does(tiny, tmp_path):
+  job = {'configs': {}, 'out': str(tmp_path / 'seen.json'), 'finished': str(tmp_path / 'run')}
+  for strategy, (objective, sizes, _) in CASES.items():
+    name, own = OBJECTIVES[objective]
+    mesh = {f'sharding.{axis}': sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    job['configs'][strategy] = tiny(name, **own, **SIZES, **mesh, **{'sharding.strategy': strategy})
+  train.run(tiny('clm', steps=3), job['finished'])
+  port = str(free_port())
+  pair = [spawn(['-c', CHILD, port, str(i), json.dumps(job)]) for i in range(2)]
+  expected = look(job)
+  errors = [process.communicate(timeout=400)[1] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], errors
+  got = json.loads(pathlib.Path(job['out']).read_text())
+  rows = {name: got.pop(f'rows of {name}') for name in CASES}
+  assert {name: list(map(len, shares)) for name, shares in rows.items()} == {
+    'replicate': [12, 12],
+    'fsdp': [12, 12],
+    'sequence': [24, 24],
+    'tensor': [24, 24],
+  }
+  for name in CASES:
+    assert len(expected[name]) == 5
+    np.testing.assert_allclose(got.pop(name), expected[name], rtol=1e-5, err_msg=name)
+  assert got.pop('evaluation') == pytest.approx(expected['evaluation'], rel=1e-5)
+  assert got  # ledgers and a text
+  assert got == {name: expected[name] for name in got}
+
+
+def test_a_killed_process_ends_the_other_and_one_process_goes_on(tiny, tmp_path):
+  rate = {'optimizer.name': 'sgd', 'optimizer.lr': 0.1, 'checkpoint.keep_last': 100}
+  c = tiny('clm', steps=60, **rate, **{'sharding.strategy': 'fsdp', 'evaluate.every': 30})
+  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  command = ['-m', 'lmjax.main', as_file(c, tmp_path), '--workdir', str(broken)]
+  command += ['--coordinator', f'localhost:{free_port()}', '--processes', '2', '--process']
+  pair = [spawn([*command, str(i)]) for i in range(2)]
+  train.run(c, str(straight))
+  while not (broken / 'checkpoints' / '6').exists():
+    assert [process.poll() for process in pair] == [None, None], pair[0].communicate()
+    time.sleep(0.01)
+  pair[1].send_signal(signal.SIGKILL)
+  began = time.monotonic()
+  out, errors = pair[0].communicate(timeout=60)
+  assert time.monotonic() - began < 8
+  assert pair[0].returncode == 75
+  assert errors.strip().splitlines()[-1] == (
+    f'lmjax: process 1 ({socket.gethostname()}) has ended without a word'
+  )
+  assert 'step 3/60' in out
+  assert pair[1].communicate()[0] == ''
+  written = len(lines(broken, 'ledger'))
+  assert 6 <= written < 60
+  train.run(c, str(broken))
+  assert lines(straight, 'ledger') == lines(broken, 'ledger')
+  losses = [
+    [(x['step'], x['train/loss']) for x in lines(run, 'metrics') if 'train/loss' in x]
+    for run in (straight, broken)
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  records = [json.loads((run / 'record.json').read_text()) for run in (straight, broken)]
+  assert [len(r['devices']) for r in records] == [8, 8]
+
+
+def test_what_one_process_lacks_is_said_by_both(tiny, tmp_path, corpus):
+  """A relative path, and process 1 in a directory without it."""
+  text = (corpus / 'train.txt').read_text()
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'a' / 'text.txt').write_text(text)
+  c = tiny('clm', **{'data.train': 'text.txt'})
+  command = ['-m', 'lmjax.main', as_file(c, tmp_path), '--workdir', str(tmp_path / 'run')]
+  command += ['--coordinator', f'localhost:{free_port()}', '--processes', '2', '--process']
+  environment = os.environ | {'PYTHONPATH': os.getcwd(), 'MALLOC_ARENA_MAX': '1'}
+  pair = [
+    subprocess.Popen(
+      [sys.executable, '-W', 'ignore', *command, str(i)],
+      cwd=tmp_path / name,
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i, name in enumerate('ab')
+  ]
+  said = [process.communicate(timeout=100)[1].strip() for process in pair]
+  assert [process.returncode for process in pair] == [2, 2], said
+  assert said[1].startswith('lmjax: ')
+  assert 'text.txt' in said[1]
+  who = f'process 1 ({socket.gethostname()})'
+  assert said[0] == f'lmjax: {who} stopped: {said[1].removeprefix("lmjax: ")}'
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+# ------------------------------------------------------------------------------- the roll call
+
+
+def call(port: int, *hellos: dict, seconds: float = 2.0) -> list:
+  """What each process gets or raises; those of one number come one after the other."""
+
+  def one(hello):
+    time.sleep(hello.pop('late', 0))
+    hello = {'processes': 2, 'host': f'host{hello["process"]}', 'about': {}, **hello}
+    meet = rollcall.answer if hello['process'] else rollcall.hold
+    try:
+      hosts, ends = meet(f'localhost:{port}', hello, seconds)
+    except (UserError, ProcessLost) as e:
+      return type(e), str(e)
+    for end in ends.values():
+      end.close()
+    return hosts, sorted(ends)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(one, hellos))
+
+
+def test_all_come_in_any_order():
+  hosts = ['host0', 'host1', 'host2']
+  numbers = [{'process': i, 'processes': 3} for i in (2, 0, 1)]
+  numbers[1]['late'] = 0.5
+  assert call(free_port(), *numbers) == [(hosts, [0]), (hosts, [1, 2]), (hosts, [0])]
+
+
+MISFITS = {
+  'missing': (
+    [{'process': 0, 'processes': 4}, {'process': 2, 'processes': 4}],
+    ProcessLost,
+    'processes 1, 3 of 4 did not come to localhost:{port} within 2 s; there came process 0 '
+    '(host0), process 2 (host2)',
+  ),
+  'two of one number': (
+    [{'process': 0, 'processes': 3}, *[{'process': 1, 'processes': 3}] * 2],
+    UserError,
+    'two were started as process 1: on host1 and host1',
+  ),
+  'other counts': (
+    [{'process': 0}, {'process': 1, 'processes': 3}],
+    UserError,
+    'process 1 (host1) was started as one of 3, process 0 (host0) of 2',
+  ),
+  'other config': (
+    [
+      {'process': 0, 'about': {'config.steps': 5, 'versions.jax': '1'}},
+      {'process': 1, 'about': {'config.steps': 6, 'versions.jax': '1'}},
+    ],
+    UserError,
+    'process 1 (host1) differs from process 0 (host0): config.steps is 6, not 5',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', MISFITS)
+def test_all_that_came_hear_what_is_wrong(name):
+  hellos, kind, said = MISFITS[name]
+  port = free_port()
+  got = call(port, *map(dict, hellos))
+  assert got == [(kind, said.format(port=port))] * len(hellos)
+
+
+def test_process_0_is_missing():
+  port = free_port()
+  (got,) = call(port, {'process': 1}, seconds=0.5)
+  said = f'process 0 did not come to localhost:{port} within 0.5 s: Connection refused'
+  assert got == (ProcessLost, said)
+  assert ProcessLost.exit_code == 75
+
+
+def test_a_stranger_and_a_process_that_was_started_again_do_no_harm():
+  port = free_port()
+
+  def knock(text):
+    while True:
+      try:
+        with socket.create_connection(('localhost', port)) as caller:
+          return caller.sendall(text)
+      except ConnectionRefusedError:
+        time.sleep(0.01)
+
+  hello = {'process': 1, 'processes': 2, 'host': 'before', 'about': {}}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(call, port, {'process': 0, 'processes': 3}, {'process': 2, 'processes': 3})
+    knock(b'GET / HTTP/1.0\r\n\r\n')
+    knock(json.dumps({**hello, 'processes': 3}).encode() + b'\n')
+    last = pool.submit(call, port, {'process': 1, 'processes': 3, 'late': 0.5})
+    assert [hosts for hosts, _ in first.result() + last.result()] == [
+      ['host0', 'host1', 'host2']
+    ] * 3
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+  with socket.create_server(('', 0)) as server:
+    port = server.getsockname()[1]
+    (got,) = call(port, {'process': 0})
+  assert got[0] is UserError
+  assert f'cannot listen at port {port}' in got[1]
+
+
+# ------------------------------------------------------------------------------- SLURM and pods
+
+STEP = {'SLURM_JOB_ID': '77', 'SLURM_PROCID': '1', 'SLURM_LOCALID': '0', 'SLURM_NTASKS': '8'}
+TASK = {**STEP, 'SLURM_STEP_NODELIST': 'node[007-008]'}
+ADDRESS = f'node007:{77 + 65536 - 4096}'
+CLUSTERS = {
+  'a laptop': ({}, False, None),
+  'a batch script': (STEP, False, None),
+  'a shell in an allocation': ({**TASK, 'SLURM_STEP_NUM_TASKS': '1'}, False, None),
+  'tasks': ({**TASK, 'SLURM_STEP_NUM_TASKS': '8'}, False, (ADDRESS, 8, 1)),
+  'a notebook with a TPU': ({'TPU_WORKER_HOSTNAMES': 'localhost'}, True, None),
+  'the CPU of a host of a pod': ({'JAX_PLATFORMS': 'cpu'}, True, None),
+  'a pod': (
+    {
+      'TPU_WORKER_HOSTNAMES': '127.0.0.1,127.0.0.2',
+      'TPU_WORKER_ID': '1',
+      'MEGASCALE_NUM_SLICES': '2',
+      'MEGASCALE_SLICE_ID': '1',
+      'MEGASCALE_COORDINATOR_ADDRESS': '127.0.0.1',
+    },
+    True,
+    ('127.0.0.1:8482', 4, 3),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CLUSTERS)
+def test_clusters(monkeypatch, name):
+  variables, tpu, expected = CLUSTERS[name]
+  for key in os.environ:
+    if key.startswith(('SLURM', 'TPU', 'JAX_PLATFORMS')):
+      monkeypatch.delenv(key)
+  for key, value in variables.items():
+    monkeypatch.setenv(key, value)
+  module = sys.modules['jax._src.clusters.cloud_tpu_cluster']
+  monkeypatch.setattr(module, 'running_in_cloud_tpu_vm', tpu)
+  monkeypatch.setattr(module, 'get_metadata', lambda key: pytest.fail('asked the network'))
+  assert processes.cluster() == expected
