@@ -28,7 +28,7 @@ CASES = {
   'replicate': ('clm', {'data': 8}, range(8)),
   'fsdp': ('bert', {'data': 8}, range(8)),
   'sequence': ('clm', {'data': 2, 'sequence': 4}, IN_TURNS),
-  'tensor': ('bert', {'data': 2, 'model': 3}, IN_TURNS[:6]),
+  'tensor': ('clm', {'data': 2, 'model': 3}, IN_TURNS[:6]),
 }
 CHILD = """
 import json, sys
@@ -59,61 +59,65 @@ def spawn(arguments: list[str], **options) -> subprocess.Popen:
 
 
 def look(job: dict) -> dict:
-  """What a job's experiments and a finished run show, on the devices there are."""
+  """What a job's experiments and a finished run show, in all processes together."""
   seen = {}
-  for name, c in job['configs'].items():
-    parts, devices = experiment.prepare(c), list(CASES[name][2])
+  for name, (c, devices) in job['experiments'].items():
+    parts = experiment.prepare(c)
     seen[name] = curve(parts, devices, steps=5).tolist()
-    mesh = sharding.make_mesh(c['sharding'], [jax.devices()[i] for i in devices])
-    rows = parts.rows(mesh)
+    rows = parts.rows(sharding.make_mesh(c['sharding'], [jax.devices()[i] for i in devices]))
     data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
     everyones = processes.collect(loader.fingerprint(data.batch(3), rows)) or [0]
-    seen[f'ledger of {name}'] = sum(everyones) % (1 << 64)
+    seen[f'hash of {name}'] = sum(everyones) % (1 << 64)
     seen[f'rows of {name}'] = processes.collect(rows.numbers.tolist())
   seen['evaluation'] = evaluate.run(job['finished'])
   parts, mesh = experiment.open_run(job['finished']), sharding.make_mesh()
-  with jax.set_mesh(mesh), sharding.logical_axes('replicate'):
+  with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
     _, params = evaluate.restore_params(parts, job['finished'], mesh)
     seen['text'] = generate.continue_text(parts, params, 'The', 8, temperature=0)
   return seen
 
 
-def test_two_processes_compute_what_one_does(tiny, tmp_path):
-  job = {'configs': {}, 'out': str(tmp_path / 'seen.json'), 'finished': str(tmp_path / 'run')}
-  for strategy, (objective, sizes, _) in CASES.items():
-    name, own = OBJECTIVES[objective]
-    mesh = {f'sharding.{axis}': sizes.get(axis, 1) for axis in sharding.MESH_AXES}
-    job['configs'][strategy] = tiny(name, **own, **SIZES, **mesh, **{'sharding.strategy': strategy})
-  train.run(tiny('clm', steps=3), job['finished'])
-  port = str(free_port())
-  pair = [spawn(['-c', CHILD, port, str(i), json.dumps(job)]) for i in range(2)]
-  expected = look(job)
-  errors = [process.communicate(timeout=400)[1] for process in pair]
-  assert [process.returncode for process in pair] == [0, 0], errors
-  got = json.loads(pathlib.Path(job['out']).read_text())
-  rows = {name: got.pop(f'rows of {name}') for name in CASES}
-  assert {name: list(map(len, shares)) for name, shares in rows.items()} == {
-    'replicate': [12, 12],
-    'fsdp': [12, 12],
-    'sequence': [24, 24],
-    'tensor': [24, 24],
-  }
-  for name in CASES:
-    assert len(expected[name]) == 5
-    np.testing.assert_allclose(got.pop(name), expected[name], rtol=1e-5, err_msg=name)
-  assert got.pop('evaluation') == pytest.approx(expected['evaluation'], rel=1e-5)
-  assert got  # ledgers and a text
-  assert got == {name: expected[name] for name in got}
-
-
-def test_a_killed_process_ends_the_other_and_one_process_goes_on(tiny, tmp_path):
+@pytest.fixture(scope='module')
+def straight(tiny, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """A run of one process with eight devices, and its config."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
   rate = {'optimizer.name': 'sgd', 'optimizer.lr': 0.1, 'checkpoint.keep_last': 100}
   c = tiny('clm', steps=60, **rate, **{'sharding.strategy': 'fsdp', 'evaluate.every': 30})
-  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  train.run(c, str(workdir))
+  return workdir, c
+
+
+def test_two_processes_compute_what_one_device_does(tiny, tmp_path, straight):
+  job = {'experiments': {}, 'finished': str(straight[0]), 'out': str(tmp_path / 'seen.json')}
+  alone = {**job, 'experiments': {}}
+  for strategy, (objective, sizes, devices) in CASES.items():
+    name, own = OBJECTIVES[objective]
+    mesh = {f'sharding.{axis}': sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    c = tiny(name, **own, **SIZES, **mesh, **{'sharding.strategy': strategy})
+    job['experiments'][strategy] = c, list(devices)
+    alone['experiments'][objective] = tiny(name, **own, **SIZES), [0]
+  port = str(free_port())
+  pair = [spawn(['-c', CHILD, port, str(i), json.dumps(job)]) for i in range(2)]
+  expected = look(alone)
+  errors = [process.communicate(timeout=600)[1] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], errors
+  got = json.loads(pathlib.Path(job['out']).read_text())
+  for strategy, (objective, _, devices) in CASES.items():
+    assert len(got[strategy]) == 5
+    np.testing.assert_allclose(got[strategy], expected[objective], rtol=1e-5, err_msg=strategy)
+    assert got[f'hash of {strategy}'] == expected[f'hash of {objective}']
+    share = 12 if devices == range(8) else 24
+    assert list(map(len, got[f'rows of {strategy}'])) == [share, share]
+  assert got['evaluation'] == pytest.approx(expected['evaluation'], rel=1e-5)
+  assert got['text'] == expected['text']
+
+
+def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, straight):
+  finished, c = straight
+  broken = tmp_path / 'broken'
   command = ['-m', 'lmjax.main', as_file(c, tmp_path), '--workdir', str(broken)]
   command += ['--coordinator', f'localhost:{free_port()}', '--processes', '2', '--process']
   pair = [spawn([*command, str(i)]) for i in range(2)]
-  train.run(c, str(straight))
   while not (broken / 'checkpoints' / '6').exists():
     assert [process.poll() for process in pair] == [None, None], pair[0].communicate()
     time.sleep(0.01)
@@ -121,23 +125,21 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tiny, tmp_path)
   began = time.monotonic()
   out, errors = pair[0].communicate(timeout=60)
   assert time.monotonic() - began < 8
-  assert pair[0].returncode == 75
-  assert errors.strip().splitlines()[-1] == (
-    f'lmjax: process 1 ({socket.gethostname()}) has ended without a word'
-  )
+  assert pair[0].returncode == 75, errors
+  who = f'process 1 ({socket.gethostname()})'
+  assert errors.strip().splitlines()[-1] == f'lmjax: {who} has ended without a word'
   assert 'step 3/60' in out
   assert pair[1].communicate()[0] == ''
-  written = len(lines(broken, 'ledger'))
-  assert 6 <= written < 60
+  assert 6 <= len(lines(broken, 'ledger')) < 60
   train.run(c, str(broken))
-  assert lines(straight, 'ledger') == lines(broken, 'ledger')
+  assert lines(finished, 'ledger') == lines(broken, 'ledger')
   losses = [
     [(x['step'], x['train/loss']) for x in lines(run, 'metrics') if 'train/loss' in x]
-    for run in (straight, broken)
+    for run in (finished, broken)
   ]
   np.testing.assert_allclose(*losses, rtol=1e-5)
-  records = [json.loads((run / 'record.json').read_text()) for run in (straight, broken)]
-  assert [len(r['devices']) for r in records] == [8, 8]
+  records = [json.loads((run / 'record.json').read_text()) for run in (finished, broken)]
+  assert records[0]['devices'] == records[1]['devices']
 
 
 def test_what_one_process_lacks_is_said_by_both(tiny, tmp_path, corpus):
