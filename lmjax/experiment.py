@@ -15,7 +15,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import models, objectives, sharding
+from lmjax import models, objectives, processes, sharding
 from lmjax.config import UserError, base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
@@ -65,9 +65,14 @@ class Experiment:
 
   @property
   def digests(self) -> dict[str, str]:
-    """What the data are: name -> identity of a token store, and of the tokenizer."""
+    """What the data are: name -> identity of a token store, and of the tokenizer.
+
+    Each process has made or found its own; UserError where they differ.
+    """
     stores = {name: store.digest for name, store in self.stores.items()}
-    return {**stores, 'tokenizer': self.tokenizer.fingerprint}
+    digests = {**stores, 'tokenizer': self.tokenizer.fingerprint}
+    processes.check_same({f'the digest of {name}': x for name, x in digests.items()})
+    return digests
 
   @functools.cache  # noqa: B019, an experiment lives as long as the run
   def examples(self, name: str) -> Any:

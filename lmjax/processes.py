@@ -34,7 +34,7 @@ def start(
 ) -> None:
   """Meets the other processes and initialises jax.distributed; before any device is touched.
 
-  Only process 0 has something to say on stdout from here on.
+  From here on only process 0 has something to say on stdout.
 
   Raises:
     ProcessLost: who did not come, `seconds` after process 0, or after this one, was there.
@@ -51,6 +51,7 @@ def start(
 
   # With it SIGTERM would end nothing: JAX would keep it for someone who asks.
   jax.config.update('jax_enable_preemption_service', False)
+  wait()  # for those who read JAX from a slow disk
   jax.distributed.initialize(
     coordinator,
     count,

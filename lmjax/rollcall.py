@@ -43,7 +43,7 @@ class End(NamedTuple):
   def receive(self) -> dict[str, Any] | None:
     """The next message; None where there comes none, or none of ours."""
     try:
-      message = json.loads(self.lines.readline())
+      message = json.loads(self.lines.readline(1 << 24))
     except (OSError, ValueError):
       return None
     return message if isinstance(message, dict) else None

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, metrics, optimizer, processes, record, sharding
+from lmjax import experiment, generate, metrics, optimizer, record, sharding
 from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
@@ -134,7 +134,6 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   if c['tokenizer'].get('vocab_size'):  # what does not divide is found before the tokenizer is made
     sharding.param_shardings(experiment.sketch(c).boxed_shapes(), mesh, strategy)
   digests = parts.digests
-  processes.check_same(digests)
   if (path / 'record.json').exists():
     record.check_data(path, digests)
   check_best(parts)

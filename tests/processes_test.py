@@ -13,8 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from lmjax import evaluate, experiment, generate, processes, rollcall, sharding, train
+from lmjax import evaluate, experiment, generate, processes, rollcall, sharding, train, workdir
 from lmjax.config import UserError
 from lmjax.data import loader
 from lmjax.rollcall import ProcessLost
@@ -32,12 +33,17 @@ CASES = {
 }
 CHILD = """
 import json, sys
-from lmjax import evaluate, experiment, generate, processes, sharding
+from lmjax import config, processes
 from tests.processes_test import look
 
 port, index, job = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 processes.start(f'localhost:{port}', 2, index, {})
 seen = look(job)
+try:
+  processes.check_same({'valid': 'abc', 'train': f'digest {index}'})
+  raise AssertionError('a difference was not noticed')
+except config.UserError as e:
+  seen['difference'] = str(e)
 if index == 0:
   with open(job['out'], 'w') as file:
     json.dump(seen, file)
@@ -110,6 +116,10 @@ def test_two_processes_compute_what_one_device_does(tiny, tmp_path, straight):
     assert list(map(len, got[f'rows of {strategy}'])) == [share, share]
   assert got['evaluation'] == pytest.approx(expected['evaluation'], rel=1e-5)
   assert got['text'] == expected['text']
+  host = socket.gethostname()
+  assert got['difference'] == (
+    f"process 1 ({host}) differs from process 0 ({host}): train is 'digest 1', not 'digest 0'"
+  )
 
 
 def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, straight):
@@ -169,6 +179,12 @@ def test_what_one_process_lacks_is_said_by_both(tiny, tmp_path, corpus):
   who = f'process 1 ({socket.gethostname()})'
   assert said[0] == f'lmjax: {who} stopped: {said[1].removeprefix("lmjax: ")}'
   assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_a_workdir_that_process_0_does_not_see_is_refused(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, 'index', lambda: 1)  # which does not write
+  with pytest.raises(UserError, match='all hosts need one workdir together'):
+    workdir.check(epath.Path(tmp_path), tiny('clm'))
 
 
 # ------------------------------------------------------------------------------- the roll call
