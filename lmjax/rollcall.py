@@ -67,7 +67,7 @@ def hold(
   count, came, ends, wrong = hello['processes'], {0: hello}, {}, None
   deadline = time.monotonic() + seconds
   with _server(coordinator) as server, contextlib.ExitStack() as stack:
-    while len(_present(came, ends)) < count and not wrong:
+    while not wrong and len(_present(came, ends)) < count:
       server.settimeout(max(0.01, deadline - time.monotonic()))
       try:
         end = End.of(server.accept()[0], timeout=5)
@@ -101,7 +101,7 @@ def answer(
 ) -> tuple[list[str], dict[int, End]]:
   """Another process calls process 0; returns and raises what `hold` does."""
   host, _, port = coordinator.rpartition(':')
-  deadline = time.monotonic() + seconds
+  deadline, why = time.monotonic() + seconds, 'nobody listens'
   while True:
     try:
       left = max(1.0, deadline - time.monotonic())
@@ -111,11 +111,9 @@ def answer(
         break
       connection.close()
     except OSError as e:
-      if time.monotonic() > deadline:
-        why = e.strerror or e
-        raise ProcessLost(
-          f'process 0 did not come to {coordinator} within {seconds:g} s: {why}'
-        ) from None
+      why = e.strerror or e
+    if time.monotonic() > deadline:
+      raise ProcessLost(f'process 0 did not come to {coordinator} within {seconds:g} s: {why}')
     time.sleep(0.1)
   end = End.of(connection, timeout=seconds + 10)  # process 0 came last of all, or waits no longer
   with contextlib.ExitStack() as stack:
@@ -147,8 +145,11 @@ def _raise(wrong: Sequence | None) -> None:
 
 def _present(came: dict[int, Mapping], ends: dict[int, End]) -> dict[int, Mapping]:
   """`came` without those who have hung up, perhaps to be started again."""
-  gone = [i for i, end in ends.items() if select.select([end.socket], [], [], 0)[0]]
-  for process in gone:
+  poll = select.poll()
+  for end in ends.values():
+    poll.register(end.socket, select.POLLIN)  # they say nothing more, so this is their end
+  over = {file for file, _ in poll.poll(0)}
+  for process in [i for i, end in ends.items() if end.socket.fileno() in over]:
     del came[process]
     ends.pop(process).close()
   return came
