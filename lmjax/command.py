@@ -43,16 +43,16 @@ def define_process_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined(about: Mapping[str, Any]) -> Iterator[None]:
+def joined(about: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
   """In it, this process is one of those that the flags, SLURM or a TPU pod speak of, if any do.
 
-  All must have been given equal values of everything in `about`.  What one raises ends them all.
+  All must have been given equal values of everything in `about()`.  What one raises ends them all.
   """
   place = _asked() or processes.cluster()
   if place is None or place[1] == 1:
     yield
     return
-  processes.start(*place, about)
+  processes.start(*place, about())
   try:
     yield
     processes.finish()

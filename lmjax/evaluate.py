@@ -117,7 +117,7 @@ def main() -> None:
   if not flags.FLAGS.workdir:
     raise UserError('name the run with --workdir DIR')
   asked = {'workdir': flags.FLAGS.workdir, 'step': flags.FLAGS.step}
-  with command.joined(record.flatten({**record.software(), **asked})):
+  with command.joined(lambda: record.flatten({**record.software(), **asked})):
     print(json.dumps(run(**asked), indent=2))
 
 

@@ -153,7 +153,7 @@ def main() -> None:
     raise UserError('name the run with --workdir DIR')
   sampling = ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed')
   asked = {name: f[name].value for name in ('workdir', 'step', 'prompt', *sampling)}
-  with command.joined(record.flatten({**record.software(), **asked})):
+  with command.joined(lambda: record.flatten({**record.software(), **asked})):
     parts = open_run(f.workdir)
     check_causal(parts)
     mesh = sharding.make_mesh()

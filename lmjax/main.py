@@ -36,8 +36,8 @@ def main() -> None:
   resolved, workdir = config.resolve(flags.FLAGS.config), flags.FLAGS.workdir
   from lmjax import record
 
-  asked = {**record.software(), 'config': resolved, 'workdir': workdir}
-  with command.joined(record.flatten(asked)):
+  asked = {'config': resolved, 'workdir': workdir}
+  with command.joined(lambda: record.flatten({**record.software(), **asked})):
     from lmjax import train  # imports JAX, which a wrong config need not wait for
 
     train.run(resolved, workdir)
