@@ -1,5 +1,6 @@
 """The token store: lossless, reusable, resumable, and particular about its tokenizer."""
 
+import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
@@ -83,6 +84,30 @@ def test_a_second_build_reads_nothing(source, tmp_path):
     fingerprint, spec = source.fingerprint, source.spec
 
   assert store.build(Unreadable(), BYTES, str(tmp_path)).digest == first.digest
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypatch, locks):
+  """Where the disk has no locks, each builds it, and both get the same."""
+  began, build = [], store._build_shards
+
+  def slowly(*args):
+    began.append(args)
+    while not locks and len(began) < 2:
+      time.sleep(0.01)
+    build(*args)
+
+  def no_locks(*_):
+    raise OSError('Function not implemented')
+
+  monkeypatch.setattr(store, '_build_shards', slowly)
+  if not locks:
+    monkeypatch.setattr(store.fcntl, 'flock', no_locks)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    built = list(pool.map(lambda _: store.build(source, BYTES, str(tmp_path)), range(2)))
+  assert len(began) == (1 if locks else 2)
+  assert built[0].digest == built[1].digest
+  assert not list(tmp_path.rglob('*.tmp'))
 
 
 def test_an_interrupted_build_goes_on(source, tmp_path):
