@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from lmjax import command, metrics, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError, did_you_mean
 from lmjax.data import loader
-from lmjax.experiment import Experiment, open_run, run_path
+from lmjax.experiment import Experiment, keep_programs, open_run, run_path
 
 
 class Evaluator:
@@ -99,9 +100,10 @@ def restore_params(
   return restored[0], restored[1]
 
 
-def run(workdir: str, step: int | None = None) -> dict[str, float]:
+def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]:
   """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
   parts = open_run(workdir, evaluation=True)
+  keep_programs(parts.config)
   record.check_data(run_path(workdir), parts.digests)
   mesh = sharding.make_mesh()
   strategy = parts.config['sharding']['strategy']

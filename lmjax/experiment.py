@@ -182,8 +182,16 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:
   return objectives.get(**config['objective']), models.get(**core), optimizer
 
 
-def run_path(workdir: str) -> epath.Path:
+def keep_programs(config: Mapping[str, Any]) -> None:
+  """Compiled programs are kept in the cache, small ones too: a second start compiles nothing."""
+  directory = epath.Path(config['cache']).expanduser() / 'xla'
+  jax.config.update('jax_compilation_cache_dir', str(directory))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def run_path(workdir: str | os.PathLike) -> epath.Path:
   """The directory of a run, absolute, as Orbax wants it, or in a bucket."""
+  workdir = os.fspath(workdir)
   local = '://' not in workdir
   path = epath.Path(os.path.abspath(os.path.expanduser(workdir)) if local else workdir)
   try:
@@ -193,7 +201,7 @@ def run_path(workdir: str) -> epath.Path:
   return path
 
 
-def open_run(workdir: str, evaluation: bool = False) -> Experiment:
+def open_run(workdir: str | os.PathLike, evaluation: bool = False) -> Experiment:
   """The experiment of an existing run, without data or with its evaluation sets.
 
   Raises:

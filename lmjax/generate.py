@@ -15,7 +15,7 @@ from flax import linen as nn
 from lmjax import command, record, sharding
 from lmjax.config import UserError
 from lmjax.evaluate import restore_params
-from lmjax.experiment import Experiment, open_run
+from lmjax.experiment import Experiment, keep_programs, open_run
 
 
 def choose(
@@ -155,6 +155,7 @@ def main() -> None:
   asked = {name: f[name].value for name in ('workdir', 'step', 'prompt', *sampling)}
   with command.joined(lambda: record.flatten({**record.software(), **asked})):
     parts = open_run(f.workdir)
+    keep_programs(parts.config)
     check_causal(parts)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):

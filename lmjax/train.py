@@ -1,6 +1,7 @@
 """Training: run() is the loop, make_step() the step, init_state() what they work on."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -108,7 +109,7 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
 # --------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
   """Trains, evaluates and saves the experiment in `workdir`, or goes on with it.
 
   Returns what result.json holds: step, parameters, metrics and, where asked for, a sample.
@@ -139,7 +140,7 @@ def run(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
   check_best(parts)
   if c['log']['sample']:
     generate.encode_prompt(parts, c['log']['sample'])
-  jax.config.update('jax_compilation_cache_dir', str(epath.Path(c['cache']).expanduser() / 'xla'))
+  experiment.keep_programs(c)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     return _train(parts, mesh, path, digests)
 

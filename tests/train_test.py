@@ -426,3 +426,17 @@ def test_an_objective_without_cross_entropy_has_no_perplexity(parts):
 def test_a_line_shows_the_loss_once():
   values = {'train/loss': 2.5, 'train/clm': 2.5, 'train/xent': 2.5, 'optimizer/lr': 1.0}
   assert metrics.line(3, values, 9) == 'step 3/9  loss 2.5  optimizer/lr 1'
+
+
+def test_a_second_start_compiles_nothing(tiny, tmp_path):
+  events = []
+  listen = lambda event, **_: events.append(event.rpartition('/')[2])
+  config = tiny(cache=str(tmp_path / 'cache'), steps=3)
+  jax.monitoring.register_event_listener(listen)
+  for name in ('first', 'second'):
+    jax.clear_caches()
+    events.clear()
+    train.run(config, tmp_path / name)
+    assert ('cache_misses' in events) == (name == 'first')
+    assert ('cache_hits' in events) == (name == 'second')
+  jax.monitoring.unregister_event_listener(listen)
