@@ -10,7 +10,12 @@ each parameter (Hoffmann et al., 2022).
 from lmjax import config
 
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
-  'v5e:4x4': {'sharding.strategy': 'fsdp', 'sharding.data': 4, 'sharding.model': 4},
+  'v5e:4x4': {
+    'sharding.strategy': 'fsdp',
+    'sharding.data': 4,
+    'sharding.model': 4,
+    'micro_batches': 2,
+  },
   'v5e:8x8': {'sharding.strategy': 'fsdp', 'sharding.data': 16, 'sharding.model': 4},
   'h100:8': {'sharding.strategy': 'fsdp', 'micro_batches': 4},
 }

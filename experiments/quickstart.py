@@ -10,6 +10,7 @@ xz -9 has 1.641.  The BERT: masked-LM loss 4.29, accuracy 0.314.
 from lmjax import config
 
 VARIANTS = ('gpt', 'bert')
+TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
 
 
 def get_config(variant='gpt'):

@@ -15,6 +15,7 @@ loss on the whole validation text 1.772 and 1.653; nanoGPT's model 1.898.  `gpu`
 from lmjax import config
 
 VARIANTS = ('gpu', 'cpu', 'cpu_best')
+TOPOLOGIES = {'h100:1': {}, 'cpu:1': {}}  # the first variant, and the others
 
 
 def get_config(variant='gpu'):

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from lmjax import config, experiment, sharding, train
 
@@ -36,35 +37,57 @@ def test_docstring_has_command_hardware_time_and_result(path):
   assert path.read_text().count('\n') <= 70
 
 
-def compiled(spec: str, **overrides):
-  c = config.resolve(config.load(spec, overrides))
-  parts = experiment.sketch(c)
-  mesh = sharding.make_mesh()
-  sharding.check_batch(
-    c['batch'], c['micro_batches'], sharding.make_mesh(devices=jax.devices()[:4]), 'replicate'
-  )
-  with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
+def devices(topology: str) -> list[jax.Device]:
+  """Of a topology that the experiments name; TPUs without TPUs, CPUs in place of GPUs."""
+  kind, _, size = topology.partition(':')
+  if kind in ('cpu', 'h100'):
+    return jax.devices()[: int(size)]
+  return topologies.get_topology_desc(topology, 'tpu').devices
+
+
+def lowered(spec: str, topology: str, **overrides):
+  """The train step as it would be on the topology, with what the experiment says of it."""
+  meant = MODULES[pathlib.Path(spec.partition(':')[0])].TOPOLOGIES[topology]
+  c = config.resolve(config.load(spec, meant | overrides))
+  parts, strategy = experiment.sketch(c), c['sharding']['strategy']
+  mesh = sharding.make_mesh(c['sharding'], devices(topology))
+  sharding.check_mesh(mesh, strategy)
+  sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
+  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, _ = train.init_state(parts, mesh)
+    sharding.unsharded(like.params, mesh, strategy, c['sharding']['max_unsharded'])
+    batch = parts.abstract_batch()
+    places = sharding.batch_shardings(batch, mesh, strategy)
+    struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     step = jax.jit(train.make_step(parts, transform), donate_argnums=0)
-    return step.lower(like, parts.abstract_batch())
+    return step.lower(like, jax.tree.map(struct, batch, places))
+
+
+MEANT = [(str(path), topology) for path in FILES for topology in MODULES[path].TOPOLOGIES]
 
 
 @pytest.mark.parametrize('spec', VARIANTS)
 def test_every_variant_fits_together_and_lowers(spec):
   """The whole program at its full size, traced; compiling is what the next test does."""
-  overrides = {} if 'shakespeare' in spec or 'quickstart' in spec else {'batch': 8}
-  assert compiled(spec, **overrides).as_text().startswith('module')
+  path = pathlib.Path(spec.partition(':')[0])
+  one_dimension = {'sharding.data': -1, 'sharding.model': 1}  # 25 heads, and two, divide by none
+  topology = next(iter(MODULES[path].TOPOLOGIES))
+  assert lowered(spec, topology, **one_dimension).as_text().startswith('module')
 
 
-@pytest.mark.parametrize('path', FILES, ids=str)
-def test_one_variant_compiles(path):
-  module = MODULES[path]
-  variant = getattr(module, 'VARIANTS', ('',))[0]
-  spec = f'{path}:{variant}' if variant else str(path)
-  small = {'batch': 8, 'length': 64, 'model.depth': 2, 'model.dim': 64, 'model.heads': 4}
-  # A short row has no room for as many predictions as the recipe's.
-  small |= {'objective.predictions': 10} if 'bert.py' in spec and 'ro' not in spec else {}
-  assert compiled(spec, **small).compile().cost_analysis()['flops'] > 0
+@pytest.mark.parametrize(('spec', 'topology'), MEANT)
+def test_every_topology_fits(spec, topology):
+  lowered(spec, topology)
+
+
+# At full width, two blocks deep.
+COMPILED = dict(reversed(MEANT))
+
+
+@pytest.mark.parametrize('spec', COMPILED)
+def test_one_variant_compiles(spec):
+  program = lowered(spec, COMPILED[spec], **{'model.depth': 2}).compile()
+  assert program.cost_analysis()['flops'] > 0
 
 
 @pytest.mark.parametrize('path', [p for p in FILES if hasattr(MODULES[p], 'sweep')], ids=str)
@@ -72,5 +95,6 @@ def test_every_swept_key_exists_and_every_arm_lowers(path):
   arms = MODULES[path].sweep()
   assert len(arms) > 1
   assert len({tuple(sorted(arm.items())) for arm in arms}) == len(arms)
+  topology = next(iter(MODULES[path].TOPOLOGIES))
   for arm in arms:
-    compiled(str(path), **arm, **({'batch': 8} if 'batch' not in arm else {}))
+    lowered(str(path), topology, **arm)

@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, strai
   pair[1].send_signal(signal.SIGKILL)
   began = time.monotonic()
   out, errors = pair[0].communicate(timeout=60)
-  assert time.monotonic() - began < 8
+  assert time.monotonic() - began < 20
   assert pair[0].returncode == 75, errors
   who = f'process 1 ({socket.gethostname()})'
   assert errors.strip().splitlines()[-1] == f'lmjax: {who} has ended without a word'

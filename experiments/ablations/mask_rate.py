@@ -10,6 +10,8 @@ Wettig et al., 2023, find 40 % better than 15 % for large models.
 
 from lmjax import config
 
+TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+
 
 def get_config():
   c = config.base(objective='mlm')
