@@ -1,7 +1,9 @@
 """Where things lie under each strategy, and what cannot lie there."""
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from lmjax import sharding, train
 from lmjax.config import UserError
@@ -40,6 +42,19 @@ def test_one_size_is_filled_in(sizes, shape):
 def test_a_mesh_of_the_wrong_size_is_a_sentence(sizes, said):
   with pytest.raises(UserError, match=said):
     sharding.make_mesh(EIGHT | sizes)
+
+
+def test_slices_lie_along_replica():
+  """Two of eight TPUs each, which are not here."""
+  devices = topologies.get_topology_desc('v5e:2x4', 'tpu', num_slices=2).devices
+  mesh = sharding.make_mesh(EIGHT | {'replica': 2, 'model': 2}, devices)
+  assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+  # Neighbours along the innermost axis are neighbours in the torus.
+  for row in mesh.devices.reshape(-1, 2):
+    a, b = (np.array(device.coords) for device in row)
+    assert np.abs(a - b).sum() == 1
+  with pytest.raises(UserError, match=r'sharding\.replica = 1 is no multiple of the 2 slices'):
+    sharding.make_mesh(devices=devices)
 
 
 @pytest.mark.parametrize(
