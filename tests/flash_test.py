@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,7 @@ CHOICES = {
   'generation': ('tpu', {'cache': True}, 'reference', 'no cache'),
   'prefix': ('tpu', {'masks': ('causal', 'prefix')}, 'reference', 'no mask for prefix'),
   'short': ('tpu', {'length': 100}, 'reference', 'multiple of 128, not 100'),
+  'odd length': ('gpu', {'length': 1023}, 'reference', 'cudnn takes lengths of a multiple of 2'),
   'wide heads': ('gpu', {'head_dim': 160}, 'reference', 'up to 128 dims, not 160'),
   'odd heads': ('gpu', {'head_dim': 20}, 'triton', 'multiple of 8 dims, not 20'),
 }
@@ -208,6 +210,18 @@ def test_choice_and_reason(monkeypatch, case):
     if kernel != name and name == 'reference':
       with pytest.raises(UserError, match=f'model.attention = "{kernel}" cannot be: {kernel} '):
         flash.choose(kernel, **asked)
+
+
+@pytest.mark.parametrize('capability', ['7.5', 'gfx90a', '8.0', '12.0'])
+def test_kernels_want_an_nvidia_gpu_of_ampere_or_later(monkeypatch, capability):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(products, 'platform', lambda: 'gpu')
+  got = flash.choose('auto', length=1024)
+  if capability in ('8.0', '12.0'):
+    assert got == ('cudnn', 'of gpu')
+  else:
+    assert got == ('reference', f'no kernel runs on a GPU of capability {capability}')
 
 
 def test_a_sharded_length_is_a_reason(monkeypatch):

@@ -196,7 +196,7 @@ KERNELS = {
     dtypes=('bfloat16', 'float16'),
     head_multiple=8,
     head_most=128,  # 256 on Hopper and later
-    length_multiple=1,
+    length_multiple=2,  # cuDNN itself takes odd ones; jax.nn's gradient does not
     sharded_length=False,
     call=lambda q, k, v, m: cudnn(q, k, v, m.causal, m.window, m.lengths_B),
   ),
@@ -216,7 +216,7 @@ BACKENDS = ('auto', 'reference', *KERNELS)
 
 def choose(backend: str, **asked: Any) -> tuple[str, str]:
   """(what computes it, why); `asked` are arguments of `lacks`."""
-  platform = products.platform()
+  platform = _platform()
   if backend == 'auto':
     there = [name for name, kernel in KERNELS.items() if kernel.platform == platform]
     why = {name: lacks(name, platform=platform, **asked) for name in there}
@@ -261,3 +261,10 @@ def lacks(
     f'takes lengths of a multiple of {multiple}, not {length}': (length or 0) % multiple,
   }
   return next((f'{name} {reason}' for reason, holds in reasons.items() if holds), '')
+
+
+def _platform() -> str:
+  """As the kernels mean it: a GPU is NVIDIA's, and no older than Ampere."""
+  platform, capability = products.platform(), getattr(jax.devices()[0], 'compute_capability', '8.0')
+  fit = capability[0].isdigit() and float(capability) >= 8
+  return platform if platform != 'gpu' or fit else f'a GPU of capability {capability}'
