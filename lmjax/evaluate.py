@@ -105,7 +105,7 @@ def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]
   parts = open_run(workdir, evaluation=True)
   keep_programs(parts.config)
   record.check_data(run_path(workdir), parts.digests)
-  mesh = sharding.make_mesh()
+  mesh = sharding.mesh_of_run(parts.config['sharding'])
   strategy = parts.config['sharding']['strategy']
   sharding.check_batch(parts.config['batch'], 1, mesh, strategy)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):

@@ -46,20 +46,30 @@ RULES: dict[str, Rules] = {
 STATE_RULES: dict[str, Rules] = {'zero': [*_ROWS, ('embed', ('data',))]}
 
 
+def mesh_of_run(sizes: Mapping[str, int]) -> Mesh:
+  """The mesh that a run was trained on; with another number of devices, all along `data`."""
+  known = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] != -1)
+  rest = -1 in [sizes[axis] for axis in MESH_AXES]
+  count = jax.device_count()
+  return make_mesh(sizes if count % known == 0 and (rest or count == known) else None)
+
+
 def make_mesh(
   sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
   """All devices in the order in which the inner axes have the fastest links.
 
   Args:
-    sizes: of the mesh axes; one may be -1, for what the others leave.  None: all along `data`.
+    sizes: of the mesh axes; one may be -1, for what the others leave.  None: slices along `replica`
+      and all else along `data`.
     devices: by default all there are.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  said = {axis: dict(sizes or {'data': -1}).get(axis, 1) for axis in MESH_AXES}
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  said = {axis: (sizes or {'replica': slices, 'data': -1}).get(axis, 1) for axis in MESH_AXES}
   shape = list(said.values())
   known = math.prod(size for size in shape if size != -1)
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
@@ -67,7 +77,6 @@ def make_mesh(
   if len(devices) % known or (-1 not in shape and known != len(devices)):
     raise UserError(f'sharding: {said} does not use the {len(devices)} device(s) there are')
   shape = [len(devices) // known if size == -1 else size for size in shape]
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if shape[0] % slices:
     raise UserError(f'sharding.replica = {shape[0]} is no multiple of the {slices} slices')
   if slices > 1:

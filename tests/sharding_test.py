@@ -44,6 +44,20 @@ def test_a_mesh_of_the_wrong_size_is_a_sentence(sizes, said):
     sharding.make_mesh(EIGHT | sizes)
 
 
+@pytest.mark.parametrize(
+  ('sizes', 'shape'),
+  [
+    ({'data': 2, 'model': 4}, (1, 2, 1, 4)),
+    ({'data': -1, 'model': 2}, (1, 4, 1, 2)),
+    ({'data': 4, 'model': 4}, (1, 8, 1, 1)),  # sixteen devices then, eight now
+    ({'data': -1, 'model': 3}, (1, 8, 1, 1)),
+    ({'data': 1}, (1, 8, 1, 1)),
+  ],
+)
+def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(sizes, shape):
+  assert tuple(sharding.mesh_of_run(EIGHT | sizes).shape.values()) == shape
+
+
 def test_slices_lie_along_replica():
   """Two of eight TPUs each, which are not here."""
   devices = topologies.get_topology_desc('v5e:2x4', 'tpu', num_slices=2).devices
@@ -54,7 +68,8 @@ def test_slices_lie_along_replica():
     a, b = (np.array(device.coords) for device in row)
     assert np.abs(a - b).sum() == 1
   with pytest.raises(UserError, match=r'sharding\.replica = 1 is no multiple of the 2 slices'):
-    sharding.make_mesh(devices=devices)
+    sharding.make_mesh(EIGHT, devices)
+  assert tuple(sharding.make_mesh(devices=devices).shape.values()) == (2, 8, 1, 1)
 
 
 @pytest.mark.parametrize(
