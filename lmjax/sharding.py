@@ -79,11 +79,12 @@ def make_mesh(
   shape = [len(devices) // known if size == -1 else size for size in shape]
   if shape[0] % slices:
     raise UserError(f'sharding.replica = {shape[0]} is no multiple of the {slices} slices')
+  split = {'allow_split_physical_axes': True}  # 16 x 4 devices on a torus of 8 x 8
   if slices > 1:
     inner, outer = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
-    array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
   else:
-    array = mesh_utils.create_device_mesh(shape, devices)
+    array = mesh_utils.create_device_mesh(shape, devices, **split)
   types = (AxisType.Auto,) * len(shape)  # linen's gathers do not know the explicit ones
   return Mesh(array, MESH_AXES, axis_types=types)
 

@@ -52,9 +52,13 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize('chunk', [1 << 26, 60, 1])
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize(
+  ('place', 'tied', 'chunk'),
+  [
+    *(('one', tied, chunk) for tied in (True, False) for chunk in (1 << 26, 60, 1)),
+    *(('rows', True, 60), ('vocabulary', False, 60), ('vocabulary', True, 1), ('length', True, 60)),
+  ],
+)
 def test_the_loss_in_chunks_is_that_of_all_logits(monkeypatch, chunk, tied, place):
   monkeypatch.setattr(heads, 'CHUNK', chunk)
   b, length, d, v = 6, 9, 4, 21

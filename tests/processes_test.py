@@ -26,9 +26,7 @@ from tests.train_test import as_file, lines
 # them along the inner axis spans both processes, which then hold the same rows.
 IN_TURNS = [0, 4, 1, 5, 2, 6, 3, 7]
 CASES = {
-  'replicate': ('clm', {'data': 8}, range(8)),
   'fsdp': ('bert', {'data': 8}, range(8)),
-  'sequence': ('clm', {'data': 2, 'sequence': 4}, IN_TURNS),
   'tensor': ('clm', {'data': 2, 'model': 3}, IN_TURNS[:6]),
 }
 CHILD = """
