@@ -17,6 +17,7 @@ import random
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from lmjax import config, experiment
 
@@ -27,6 +28,12 @@ WORDS = (
   'walked carried opened found remembered asked wrote followed under over beside through quietly '
   'slowly never always green heavy small old bright'
 ).split()
+
+
+def tpus(topology: str, **options) -> list[jax.Device]:
+  """Devices to compile for, which are not here."""
+  pytest.importorskip('libtpu', reason='the compiler for TPUs runs on Linux and x86-64 only')
+  return topologies.get_topology_desc(topology, 'tpu', **options).devices
 
 
 def documents(n: int, seed: int = 0) -> list[str]:

@@ -6,9 +6,9 @@ import pathlib
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from lmjax import config, experiment, sharding, train
+from tests.conftest import tpus
 
 FILES = sorted(pathlib.Path('experiments').rglob('*.py'))
 
@@ -40,9 +40,7 @@ def test_docstring_has_command_hardware_time_and_result(path):
 def devices(topology: str) -> list[jax.Device]:
   """Of a topology that the experiments name; TPUs without TPUs, CPUs in place of GPUs."""
   kind, _, size = topology.partition(':')
-  if kind in ('cpu', 'h100'):
-    return jax.devices()[: int(size)]
-  return topologies.get_topology_desc(topology, 'tpu').devices
+  return jax.devices()[: int(size)] if kind in ('cpu', 'h100') else tpus(topology)
 
 
 def lowered(spec: str, topology: str, **overrides):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from lmjax import sharding
@@ -17,6 +16,7 @@ from lmjax.config import UserError
 from lmjax.data import loader
 from lmjax.models import flash, products
 from lmjax.models.attention import Mask, attention, reference
+from tests.conftest import tpus
 
 B, L, N, G, H = 2, 512, 4, 2, 16
 SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], L // 4, axis=1)
@@ -151,16 +151,11 @@ def test_every_shard_of_a_causal_mask_has_the_same_work():
     assert len(set(seen.sum(axis=1))) == 1
 
 
-@functools.cache
-def tpu():
-  return topologies.get_topology_desc('v5e:2x4', 'tpu').devices
-
-
 @pytest.mark.parametrize(('strategy', 'mask'), [case[1:] for case in SHARDED if 'splash' in case])
 def test_splash_compiles_for_a_tpu(strategy, mask):
   """In bfloat16, forward and backward, with heads of 64 dims, for a v5e that is not there."""
   sizes = {axis: STRATEGIES[strategy].get(axis, 1) for axis in sharding.MESH_AXES}
-  mesh, m = sharding.make_mesh(sizes, tpu()[: math.prod(sizes.values())]), MASKS[mask]
+  mesh, m = sharding.make_mesh(sizes, tpus('v5e:2x4')[: math.prod(sizes.values())]), MASKS[mask]
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     run = lambda q, k, v: attention(q, k, v, m).astype(jnp.float32).sum()
     q, k = (

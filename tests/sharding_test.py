@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from lmjax import sharding, train
 from lmjax.config import UserError
+from tests.conftest import tpus
 
 EIGHT = {'replica': 1, 'data': -1, 'sequence': 1, 'model': 1}
 
@@ -60,7 +60,7 @@ def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(sizes, shape):
 
 def test_slices_lie_along_replica():
   """Two of eight TPUs each, which are not here."""
-  devices = topologies.get_topology_desc('v5e:2x4', 'tpu', num_slices=2).devices
+  devices = tpus('v5e:2x4', num_slices=2)
   mesh = sharding.make_mesh(EIGHT | {'replica': 2, 'model': 2}, devices)
   assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
   # Neighbours along the innermost axis are neighbours in the torus.
