@@ -14,6 +14,8 @@ os.environ['TFDS_DATA_DIR'] = '/nonexistent'
 
 import pathlib
 import random
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -22,6 +24,17 @@ from jax.experimental import topologies
 from lmjax import config, experiment
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# The workers of a run, which inherit the environment, compile each program once.
+if 'LMJAX_TEST_PROGRAMS' not in os.environ:
+  os.environ['LMJAX_TEST_PROGRAMS'] = tempfile.mkdtemp(prefix='lmjax-tests-')
+jax.config.update('jax_compilation_cache_dir', os.environ['LMJAX_TEST_PROGRAMS'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+  if not hasattr(config, 'workerinput'):
+    shutil.rmtree(os.environ['LMJAX_TEST_PROGRAMS'], ignore_errors=True)
+
 
 WORDS = (
   'the a one this that river stone house light engine garden letter captain winter music table '

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from lmjax import sharding
 from lmjax.config import UserError
 from lmjax.data import loader
+from lmjax.models import attention as attention_lib
 from lmjax.models import flash, products
 from lmjax.models.attention import Mask, attention, reference
 from tests.conftest import tpus
@@ -231,6 +232,7 @@ def test_a_sharded_length_is_a_reason(monkeypatch):
 
 
 def test_the_choice_is_said_once(capsys):
+  attention_lib._say.cache_clear()
   q = jnp.ones((1, 4, 1, 2))
   for _ in range(2):
     attention(q, q, q, Mask(causal=True), say=True)
