@@ -12,6 +12,7 @@ os.environ['TPU_SKIP_MDS_QUERY'] = '1'
 # No test may depend on data sets that this machine happens to have.
 os.environ['TFDS_DATA_DIR'] = '/nonexistent'
 
+import atexit
 import pathlib
 import random
 import shutil
@@ -27,14 +28,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The workers of a run, which inherit the environment, compile each program once.
 if 'LMJAX_TEST_PROGRAMS' not in os.environ:
   os.environ['LMJAX_TEST_PROGRAMS'] = tempfile.mkdtemp(prefix='lmjax-tests-')
+  atexit.register(shutil.rmtree, os.environ['LMJAX_TEST_PROGRAMS'], ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', os.environ['LMJAX_TEST_PROGRAMS'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-  if not hasattr(config, 'workerinput'):
-    shutil.rmtree(os.environ['LMJAX_TEST_PROGRAMS'], ignore_errors=True)
-
 
 WORDS = (
   'the a one this that river stone house light engine garden letter captain winter music table '
