@@ -48,10 +48,15 @@ STATE_RULES: dict[str, Rules] = {'zero': [*_ROWS, ('embed', ('data',))]}
 
 def mesh_of_run(sizes: Mapping[str, int]) -> Mesh:
   """The mesh that a run was trained on; with another number of devices, all along `data`."""
-  known = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] != -1)
-  rest = -1 in [sizes[axis] for axis in MESH_AXES]
-  count = jax.device_count()
-  return make_mesh(sizes if count % known == 0 and (rest or count == known) else None)
+  fit = _fit([sizes[axis] for axis in MESH_AXES], jax.device_count())
+  return make_mesh(sizes if fit else None)
+
+
+def _fit(shape: list[int], count: int) -> list[int] | None:
+  """The sizes with -1 filled in; None where they do not multiply to `count`."""
+  known = math.prod(size for size in shape if size != -1)
+  shape = [count // known if size == -1 else size for size in shape]
+  return shape if math.prod(shape) == count else None
 
 
 def make_mesh(
@@ -71,12 +76,11 @@ def make_mesh(
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   said = {axis: (sizes or {'replica': slices, 'data': -1}).get(axis, 1) for axis in MESH_AXES}
   shape = list(said.values())
-  known = math.prod(size for size in shape if size != -1)
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise UserError(f'sharding: sizes must be at least 1, or one of them -1 for the rest: {said}')
-  if len(devices) % known or (-1 not in shape and known != len(devices)):
+  shape = _fit(shape, len(devices))
+  if not shape:
     raise UserError(f'sharding: {said} does not use the {len(devices)} device(s) there are')
-  shape = [len(devices) // known if size == -1 else size for size in shape]
   if shape[0] % slices:
     raise UserError(f'sharding.replica = {shape[0]} is no multiple of the {slices} slices')
   split = {'allow_split_physical_axes': True}  # 16 x 4 devices on a torus of 8 x 8

@@ -132,8 +132,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]
   mesh, strategy = sharding.make_mesh(c['sharding']), c['sharding']['strategy']
   sharding.check_mesh(mesh, strategy)
   sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
-  if c['tokenizer'].get('vocab_size'):  # what does not divide is found before the tokenizer is made
-    sharding.param_shardings(experiment.sketch(c).boxed_shapes(), mesh, strategy)
+  if c['tokenizer'].get('vocab_size'):  # what cannot lie there: said before a tokenizer is made
+    _share_whole(init_state(experiment.sketch(c), mesh)[0], mesh, c)
   digests = parts.digests
   if (path / 'record.json').exists():
     record.check_data(path, digests)
@@ -151,8 +151,7 @@ def _train(
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
   count = sum(x.size for x in jax.tree.leaves(like.params))
-  limit = c['sharding']['max_unsharded']
-  whole = sharding.unsharded(like.params, mesh, c['sharding']['strategy'], limit)
+  whole = _share_whole(like, mesh, c)
   print(f'{count:,} parameters, {whole:.1%} of them whole on each of {mesh.size} device(s)')
   rows = parts.rows(mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
@@ -202,6 +201,11 @@ def _train(
         log.restart_clock()
     checkpoints.wait()
     return _finish(parts, path, state, values)
+
+
+def _share_whole(like: TrainState, mesh: Mesh, config: Mapping[str, Any]) -> float:
+  c = config['sharding']
+  return sharding.unsharded(like.params, mesh, c['strategy'], c['max_unsharded'])
 
 
 def _averaged(state: TrainState) -> Any:

@@ -84,6 +84,34 @@ def test_a_segment_is_what_it_would_be_alone(positions):
     start += n
 
 
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('arrays', [(), ('segments',), ('lengths',), ('prefix',), 'all'])
+def test_a_mask_is_what_it_says(causal, window, arrays):
+  """Place by place, in words."""
+  rows, arrays = 2, ('segments', 'lengths', 'prefix') if arrays == 'all' else arrays
+  segments = np.array([[1] * 4 + [2] * 6 + [0] * 2, [1] * 12])
+  lengths, prefix = np.array([9, 12]), np.array([5, 0])
+  expected = np.ones((rows, L, L), bool)
+  for row, query, key in np.ndindex(rows, L, L):
+    seen = not causal or key <= query or ('prefix' in arrays and key < prefix[row])
+    seen &= not window or abs(query - key) < window
+    if 'segments' in arrays:
+      seen &= segments[row, query] == segments[row, key] != 0
+    if 'lengths' in arrays:
+      seen &= max(query, key) < lengths[row]
+    expected[row, query, key] = seen
+  mask = Mask(
+    causal,
+    segments_BL=segments if 'segments' in arrays else None,
+    lengths_B=lengths if 'lengths' in arrays else None,
+    prefix_B=prefix if 'prefix' in arrays else None,
+    window=window,
+  )
+  got = mask.array(L, L)
+  np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
+
+
 def test_window_limits_distance():
   x_BLD = inputs()
   _, run = apply(core(depth=1, window=3, positions='none'), x_BLD, Mask(causal=True))

@@ -1,5 +1,6 @@
 """Every kernel computes what the reference does, on shards too; and the right one is chosen."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -101,9 +102,8 @@ def stand_in(monkeypatch):
   def replace(name):
     monkeypatch.setattr(products, 'platform', lambda: flash.KERNELS[name].platform)
     kernel = flash.KERNELS[name]
-    fields = {f: getattr(kernel, f) for f in kernel.__dataclass_fields__}
-    fields |= dict(call=STAND_IN[name], dtypes=('float32',))
-    monkeypatch.setitem(flash.KERNELS, name, flash.Kernel(**fields))
+    kernel = dataclasses.replace(kernel, call=STAND_IN[name], dtypes=('float32',))
+    monkeypatch.setitem(flash.KERNELS, name, kernel)
 
   return replace
 
@@ -124,7 +124,7 @@ def test_kernel_is_the_reference_on_shards(qkvy, stand_in, name, strategy, mask)
 @pytest.mark.parametrize('mask', claims('cudnn'))
 def test_cudnn_is_asked_for_the_right_thing(qkvy, monkeypatch, mask):
   """Without a GPU: jax.nn's own plain implementation, with the arguments that cuDNN gets."""
-  plain = functools.partial(jax.nn.dot_product_attention)
+  plain = jax.nn.dot_product_attention
   asked = []
 
   def instead(*args, implementation, **kwargs):

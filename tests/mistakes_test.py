@@ -113,6 +113,27 @@ MISTAKES = {
     {'data.train': '{}/good.txt', 'sharding.model': 2},
     'uses no such axis',
   ),
+  'optimizer state does not divide over devices': (
+    CLM,
+    {
+      'data.train': '{}/good.txt',
+      'sharding.strategy': 'zero',
+      'model.positions': 'learned',
+      'model.heads': 3,
+      'model.dim': 99,
+    },
+    '"embed" of 99 does not divide over 2 devices',
+  ),
+  'too many parameters whole': (
+    CLM,
+    {
+      'data.train': '{}/good.txt',
+      'sharding.strategy': 'tensor',
+      'sharding.model': 2,
+      'sharding.max_unsharded': 0.0,
+    },
+    'more than sharding.max_unsharded = 0.0',
+  ),
   'heads do not divide over devices': (
     CLM,
     {

@@ -99,10 +99,8 @@ def attention(
   if chosen == 'reference':
     allowed_BLS = mask.array(length, k_BSGH.shape[1], 0 if offset is None else offset)
     return reference(q_BLNH, k_BSGH, v_BSGH, allowed_BLS, bias_BNLS, dropout)
-  y_BLNH, segments_BL = (
-    flash.KERNELS[chosen].call(q_BLNH, k_BSGH, v_BSGH, mask),
-    mask.segments(length),
-  )
+  y_BLNH = flash.KERNELS[chosen].call(q_BLNH, k_BSGH, v_BSGH, mask)
+  segments_BL = mask.segments(length)
   if segments_BL is None:
     return y_BLNH
   return jnp.where(segments_BL[:, :, None, None] > 0, y_BLNH, 0)
