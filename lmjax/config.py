@@ -70,8 +70,8 @@ def base(
 
   c.sharding = ConfigDict()
   c.sharding.strategy = 'replicate'  # a row of sharding.RULES
-  c.sharding.replica = 1  # sizes of the mesh's axes, outermost first: slices of a pod, …
-  c.sharding.data = -1  # … and within each these; one may be -1, for all the others leave
+  c.sharding.replica = config_dict.placeholder(int)  # sizes of the mesh's axes; None: the slices
+  c.sharding.data = -1  # one may be -1, for all that the others leave
   c.sharding.sequence = 1
   c.sharding.model = 1
   c.sharding.max_unsharded = 0.1  # a larger share of parameters whole on every device is an error
@@ -219,10 +219,6 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)
     if value < least:
       raise UserError(f'{path} = {value} must be at least {least}')
-  if complete.batch % complete.micro_batches:
-    raise UserError(
-      f'batch = {complete.batch} does not divide into micro_batches = {complete.micro_batches}'
-    )
   return complete.to_dict()
 
 

@@ -105,9 +105,9 @@ def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]
   parts = open_run(workdir, evaluation=True)
   keep_programs(parts.config)
   record.check_data(run_path(workdir), parts.digests)
-  mesh = sharding.mesh_of_run(parts.config['sharding'])
+  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+  sharding.check_batch({**parts.config, 'micro_batches': 1}, mesh)
   strategy = parts.config['sharding']['strategy']
-  sharding.check_batch(parts.config['batch'], 1, mesh, strategy)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     step, params = restore_params(parts, workdir, mesh, step)
     values = {'step': step, **Evaluator(parts, mesh)(params)}

@@ -15,7 +15,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import models, objectives, processes, sharding
+from lmjax import metrics, models, objectives, processes, sharding
 from lmjax.config import UserError, base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
@@ -46,10 +46,14 @@ class Experiment:
     self.objective.check(made, self.config['length'], self.core)
     return made
 
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
   @functools.cached_property
   def model(self) -> nn.Module:
     """From a batch to loss terms and metrics."""
-    return self.objective.model(self.core, self.tokenizer.vocab_size)
+    return self.objective.model(self.core, self.vocab_size)
 
   @functools.cached_property
   def stores(self) -> dict[str, store.Store]:
@@ -118,10 +122,18 @@ class Experiment:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
     boxed = self.boxed_shapes()
     shardings = sharding.param_shardings(boxed, mesh, self.config['sharding']['strategy'])
-    struct = lambda box, place: jax.ShapeDtypeStruct(
-      box.value.shape, box.value.dtype, sharding=place
-    )
-    return jax.tree.map(struct, boxed, shardings, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return sharding.placed(nn.unbox(boxed), shardings)
+
+  @functools.cached_property
+  def step_flops(self) -> int:
+    """Of the matrix products of a training step, without what is computed again."""
+    # Kernels do not say what they compute, and a program on shards is only one device's.
+    model = self.objective.model(self.core.clone(attention='reference'), self.vocab_size)
+    with nn.logical_axis_rules(()):
+      apply = lambda params, batch: model.apply({'params': params}, batch, train=False)
+      params = nn.unbox(self.boxed_shapes())
+      forward = metrics.matmul_flops(apply, params, self.abstract_batch())
+    return 3 * forward  # backward is twice forward
 
 
 def prepare(config: Mapping[str, Any]) -> Experiment:
@@ -158,11 +170,10 @@ class Sketch(Experiment):
   def tokenizer(self) -> Tokenizer:
     return tokenizer.get('bytes', ())
 
-  @functools.cached_property
-  def model(self) -> nn.Module:
-    """With a vocabulary of the size that the config asks for."""
-    vocab_size = self.config['tokenizer'].get('vocab_size') or self.tokenizer.vocab_size
-    return self.objective.model(self.core, vocab_size)
+  @property
+  def vocab_size(self) -> int:
+    """That which the config asks for."""
+    return self.config['tokenizer'].get('vocab_size') or self.tokenizer.vocab_size
 
 
 def sketch(config: Mapping[str, Any]) -> Sketch:
@@ -212,7 +223,10 @@ def open_run(workdir: str | os.PathLike, evaluation: bool = False) -> Experiment
     raise UserError(f'there is no run in {workdir}: it has no config.json')
   saved = json.loads((path / 'config.json').read_text())
   opened = _open(saved, saved['data']['eval'] if evaluation else {})
-  return Experiment(saved, *_parts(saved), opened, str(path / 'tokenizer'))
+  # What trained it need not be there where it is used.
+  model = {key: 'auto' if key == 'attention' else x for key, x in saved['model'].items()}
+  parts = _parts({**saved, 'model': model})
+  return Experiment(saved, *parts, opened, str(path / 'tokenizer'))
 
 
 def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:

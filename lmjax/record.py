@@ -72,6 +72,10 @@ def diff(first: str, second: str) -> Iterator[str]:
       yield f'{name.removesuffix(".json")}: {path}: {x!r} | {y!r}'
   ledgers = [_lines(directory, 'ledger.jsonl') for directory in (first, second)]
   yield from _first_difference('data', ledgers, lambda line: line['hash'])
+  configs = [_read(directory, 'config.json') for directory in (first, second)]
+  if len({c['log']['every'] for c in configs}) > 1:
+    yield 'loss: not compared, since the means are over other numbers of steps (log.every)'
+    return
   metrics = [_lines(directory, 'metrics.jsonl') for directory in (first, second)]
   yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))
 

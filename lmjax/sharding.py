@@ -13,7 +13,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ Rules = list[tuple[str, tuple[str, ...]]]
 
 _ROWS = [('batch', ('replica', 'data'))]
 _WIDE = [(axis, ('model',)) for axis in ('heads', 'mlp', 'vocab')]
+# Not the heads: 25 of them divide by nothing.
+_DEEP = [(axis, ('model',)) for axis in ('kv', 'mlp', 'vocab')]
 _BETWEEN = [('residual_length', ('model',))]
 _LONG = [(axis, ('sequence',)) for axis in ('length', 'residual_length')]
 
@@ -37,7 +39,7 @@ _LONG = [(axis, ('sequence',)) for axis in ('length', 'residual_length')]
 RULES: dict[str, Rules] = {
   'replicate': _ROWS,
   'zero': _ROWS,
-  'fsdp': [('batch', ('replica', 'data', 'model')), ('embed', ('data',)), *_WIDE],
+  'fsdp': [('batch', ('replica', 'data', 'model')), ('embed', ('data',)), *_DEEP],
   'tensor': [*_ROWS, *_BETWEEN, *_WIDE],
   'fsdp+tensor': [*_ROWS, *_BETWEEN, ('embed', ('data',)), *_WIDE],
   'sequence': [*_ROWS, *_LONG, ('embed', ('data', 'sequence'))],
@@ -46,10 +48,20 @@ RULES: dict[str, Rules] = {
 STATE_RULES: dict[str, Rules] = {'zero': [*_ROWS, ('embed', ('data',))]}
 
 
-def mesh_of_run(sizes: Mapping[str, int]) -> Mesh:
-  """The mesh that a run was trained on; with another number of devices, all along `data`."""
-  fit = _fit([sizes[axis] for axis in MESH_AXES], jax.device_count())
-  return make_mesh(sizes if fit else None)
+def mesh_of_run(config: Mapping[str, Any], boxed: Any) -> Mesh:
+  """The mesh that a run was trained on, or as many devices along `data` as it divides over.
+
+  Of several processes all have devices that take part.
+  """
+  sizes, strategy, devices = config['sharding'], config['sharding']['strategy'], jax.devices()
+  if _fit([sizes[axis] or 1 for axis in MESH_AXES], len(devices)):
+    return make_mesh(sizes)
+  fewest = len(devices) if jax.process_count() > 1 else 1
+  meshes = (make_mesh(None, devices[:n]) for n in range(len(devices), fewest, -1))
+  fits = lambda mesh: (
+    not (config['batch'] % _ways(mesh, strategy) or any(_misfits(boxed, mesh, rules(strategy))))
+  )
+  return next(filter(fits, meshes), make_mesh(None, devices[:fewest]))
 
 
 def _fit(shape: list[int], count: int) -> list[int] | None:
@@ -65,16 +77,18 @@ def make_mesh(
   """All devices in the order in which the inner axes have the fastest links.
 
   Args:
-    sizes: of the mesh axes; one may be -1, for what the others leave.  None: slices along `replica`
-      and all else along `data`.
+    sizes: of the mesh axes; one may be -1, for what the others leave.  By default the slices lie
+      along `replica` and all else along `data`.
     devices: by default all there are.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
-  said = {axis: (sizes or {'replica': slices, 'data': -1}).get(axis, 1) for axis in MESH_AXES}
+  # JAX also takes every host of CPUs or GPUs for a slice, by which all meshes may be cut.
+  slices = len({getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) or 1
+  said = {'replica': None, 'data': -1, **dict.fromkeys(MESH_AXES[2:], 1), **(sizes or {})}
+  said = {axis: slices if said[axis] is None else said[axis] for axis in MESH_AXES}
   shape = list(said.values())
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise UserError(f'sharding: sizes must be at least 1, or one of them -1 for the rest: {said}')
@@ -108,9 +122,11 @@ def check_mesh(mesh: Mesh, strategy: str) -> None:
       raise UserError(f'sharding.{axis} = {size}, but the strategy "{strategy}" uses no such axis')
 
 
-def check_batch(batch: int, micro_batches: int, mesh: Mesh, strategy: str) -> None:
-  """Every device must get the same number of rows of every micro-batch."""
-  ways = math.prod(mesh.shape[a] for a in dict(rules(strategy))['batch'])
+def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
+  """Every device must get as many rows of every micro-batch as the others, and as much of each."""
+  batch, micro_batches, length = (config[key] for key in ('batch', 'micro_batches', 'length'))
+  strategy = config['sharding']['strategy']
+  ways = _ways(mesh, strategy)
   if batch % (ways * micro_batches):
     unit = ways * micro_batches
     near = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
@@ -118,6 +134,13 @@ def check_batch(batch: int, micro_batches: int, mesh: Mesh, strategy: str) -> No
       f'batch = {batch} does not divide into {micro_batches} micro-batch(es) on {ways} device(s): '
       f'try {" or ".join(map(str, near))}'
     )
+  pieces = max(_ways(mesh, strategy, axis) for axis in ('length', 'residual_length'))
+  if length % pieces:
+    raise UserError(f'length = {length} does not divide over the {pieces} devices of a row')
+
+
+def _ways(mesh: Mesh, strategy: str, axis: str = 'batch') -> int:
+  return math.prod(mesh.shape[a] for a in dict(rules(strategy)).get(axis, ()))
 
 
 def param_shardings(boxed: Any, mesh: Mesh, strategy: str, of_state: bool = False) -> Any:
@@ -127,20 +150,25 @@ def param_shardings(boxed: Any, mesh: Mesh, strategy: str, of_state: bool = Fals
     UserError: a dimension does not divide over the mesh axes that the strategy gives it.
   """
   chosen = STATE_RULES.get(strategy, rules(strategy)) if of_state else rules(strategy)
-  places = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, chosen)
-  boxes = jax.tree.leaves_with_path(boxed, is_leaf=_is_box)
-  for (path, box), place in zip(boxes, jax.tree.leaves(places), strict=True):
-    for name, size, axes in zip(box.names, box.value.shape, place.spec, strict=False):
+  for misfit in _misfits(boxed, mesh, chosen):
+    raise UserError(misfit)
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, chosen)
+
+
+def _misfits(boxed: Any, mesh: Mesh, chosen: Rules) -> Iterator[str]:
+  """What of the parameters does not divide."""
+  for path, box in jax.tree.leaves_with_path(boxed, is_leaf=_is_box):
+    spec = nn.logical_to_mesh_axes(box.names, chosen)
+    for name, size, axes in zip(box.names, box.value.shape, spec, strict=False):
       axes = (axes,) if isinstance(axes, str) else axes or ()
       ways = math.prod(mesh.shape[axis] for axis in axes)
       if size % ways:
         where = '.'.join(str(key.key) for key in path if hasattr(key, 'key'))
-        raise UserError(
+        yield (
           f'{where}: its dimension "{name}" of {size} does not divide over {ways} devices '
           f'(sharding.{", sharding.".join(axes)}): change the one or the other'
           f'{", or round it up with model.vocab_multiple" if name == "vocab" else ""}'
         )
-  return places
 
 
 def unsharded(params: Any, mesh: Mesh, strategy: str, most: float) -> float:
@@ -159,6 +187,12 @@ def unsharded(params: Any, mesh: Mesh, strategy: str, most: float) -> float:
       f'sharding.max_unsharded = {most}: shard more, or raise that'
     )
   return share
+
+
+def placed(shapes: Any, places: Any) -> Any:
+  """ShapeDtypeStructs with their places."""
+  struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(struct, shapes, places)
 
 
 def batch_shardings(batch: Any, mesh: Mesh, strategy: str) -> Any:

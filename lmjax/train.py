@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, metrics, optimizer, record, sharding
+from lmjax import experiment, generate, metrics, optimizer, processes, record, sharding
 from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
@@ -102,8 +102,21 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
   of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
   places = places.replace(params=of_params, opt_state=of_state)
-  struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  return jax.tree.map(struct, shapes, places), transform, jax.jit(make, out_shardings=places)
+  return sharding.placed(shapes, places), transform, jax.jit(make, out_shardings=places)
+
+
+def lower(
+  parts: Experiment, mesh: Mesh, like: TrainState, transform: optax.GradientTransformation
+) -> jax.stages.Lowered:
+  """The step for states like this one, which stay where they are, ready to be compiled."""
+  batch = parts.abstract_batch()
+  batch = sharding.placed(
+    batch, sharding.batch_shardings(batch, mesh, parts.config['sharding']['strategy'])
+  )
+  # Left to itself the compiler would keep parameters where `zero` has the optimizer's state.
+  places = jax.tree.map(lambda x: x.sharding, like), NamedSharding(mesh, PartitionSpec())
+  step = jax.jit(make_step(parts, transform), donate_argnums=0, out_shardings=places)
+  return step.lower(like, batch)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -131,7 +144,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]
     experiment.open_run(c['init_from'])
   mesh, strategy = sharding.make_mesh(c['sharding']), c['sharding']['strategy']
   sharding.check_mesh(mesh, strategy)
-  sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
+  sharding.check_batch(c, mesh)
   if c['tokenizer'].get('vocab_size'):  # what cannot lie there: said before a tokenizer is made
     _share_whole(init_state(experiment.sketch(c), mesh)[0], mesh, c)
   digests = parts.digests
@@ -173,7 +186,13 @@ def _train(
       print(f'resuming at step {start} of {steps}', flush=True)
     state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
     workdir_lib.describe(parts, path, digests)
-    step_fn, cost = _compile(parts, make_step(parts, transform), like, mesh)
+    step_fn = _compile(lower(parts, mesh, like, transform))
+    processes.wait()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
+    cost = {
+      'tokens': c['batch'] * c['length'],
+      'flops': parts.step_flops,
+      'peak': metrics.peak_flops() * mesh.size,  # nan where nobody knows it
+    }
     log = metrics.Log(path, start, steps, c['log'], cost, saved)
     stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
@@ -213,23 +232,11 @@ def _averaged(state: TrainState) -> Any:
   return state.params if average is None else average
 
 
-def _compile(parts: Experiment, step: Callable, like: TrainState, mesh: Mesh) -> tuple[Any, dict]:
-  """The compiled step, and what a step costs: tokens, floating-point work, peak of the devices."""
-  batch = parts.abstract_batch()
-  places = sharding.batch_shardings(batch, mesh, parts.config['sharding']['strategy'])
-  struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   began = time.perf_counter()
-  lowered = jax.jit(step, donate_argnums=0).lower(like, jax.tree.map(struct, batch, places))
   compiled = lowered.compile()
-  seconds = time.perf_counter() - began
-  apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
-  cost = {
-    'tokens': parts.config['batch'] * parts.config['length'],
-    'flops': 3 * metrics.matmul_flops(apply, like.params, batch),  # backward is twice forward
-    'peak': metrics.peak_flops() * jax.device_count(),  # nan where nobody knows it
-  }
-  print(f'compiled the step in {seconds:.1f} s', flush=True)
-  return compiled, cost
+  print(f'compiled the step in {time.perf_counter() - began:.1f} s', flush=True)
+  return compiled
 
 
 def _warm_start(
@@ -242,15 +249,12 @@ def _warm_start(
   other = experiment.open_run(source)
   if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
     raise UserError(f'init_from = {source} was trained with another tokenizer')
-  _, params = restore_params(other, source, mesh, like=jax.tree.map(_struct, state.params))
+  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  like = sharding.placed(state.params, places(state.params))
+  _, params = restore_params(other, source, mesh, like=like)
   # Averages of parameters begin with these as well.
-  places = jax.tree.map(lambda x: x.sharding, state.opt_state)
-  opt_state = jax.jit(transform.init, out_shardings=places)(params)
+  opt_state = jax.jit(transform.init, out_shardings=places(state.opt_state))(params)
   return state.replace(params=params, opt_state=opt_state)
-
-
-def _struct(x: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _finish(

@@ -12,8 +12,9 @@ from lmjax import metrics, processes, record
 from lmjax.config import UserError
 from lmjax.experiment import Experiment
 
-# What may differ when a run is taken up again: no parameter depends on it.
+# What may differ when a run is taken up again: where and how it is computed, but not what.
 FREE = ('cache', 'checkpoint', 'evaluate', 'log', 'sharding')
+FREE += ('model.attention', 'model.scan', 'model.remat')
 
 
 def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -25,7 +26,10 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   there, result = _read(path / 'config.json'), _read(path / 'result.json')
   if there:
     changed = record.differences(there, config)
-    changed = {k: v for k, v in changed.items() if k.split('.')[0] not in FREE}
+    # Micro-batches draw noise of their own.
+    noisy = any(k.endswith('dropout') and rate for k, rate in record.flatten(config).items())
+    free = FREE if noisy else (*FREE, 'micro_batches')
+    changed = {k: v for k, v in changed.items() if not {k, k.split('.')[0]} & set(free)}
     if changed:
       what = '; '.join(f'{k} is {a!r} there and {b!r} here' for k, (a, b) in changed.items())
       raise UserError(f'{path} holds another experiment ({what}): choose another workdir')
@@ -40,11 +44,11 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   except OSError as e:
     raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e
   processes.share('written')
-  if not probe.exists():
-    raise UserError(f'{path} is not what process 0 calls so: all hosts need one workdir together')
-  processes.wait()
-  if processes.index() == 0:
+  seen = processes.collect(probe.exists())
+  if seen:
     probe.unlink()
+  if not processes.share(seen and all(seen)):
+    raise UserError(f'{path} is not one directory for all processes: all hosts need one workdir')
   return None
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     ],
     ['data.corrupt', 'data.loader'],
     [
-      *('models.products', 'models.layers', 'models.flash'),
+      *('models.products', 'models.shards', 'models.layers', 'models.positions', 'models.flash'),
       *('models.attention', 'models.transformer'),
     ],
     ['models.heads'],
@@ -39,7 +39,7 @@ FLOORS = [
   [['main'], ['data.__main__']],
 ]
 # heads builds on layers, and stands beside the cores.
-ALLOWED = {('models.heads', 'models.layers'), ('models.heads', 'models.products')}
+ALLOWED = {('models.heads', f'models.{room}') for room in ('layers', 'products', 'shards')}
 
 
 def name_of(path: pathlib.Path) -> str:

@@ -9,9 +9,10 @@ from flax import linen as nn
 from lmjax import models
 from lmjax.models import layers
 from lmjax.models.attention import Mask, attention, reference
+from lmjax.models.positions import POSITIONS
 
 L, D = 12, 16
-every_position = pytest.mark.parametrize('positions', layers.POSITIONS)
+every_position = pytest.mark.parametrize('positions', POSITIONS)
 
 
 def core(**overrides):
@@ -120,7 +121,7 @@ def test_window_limits_distance():
   np.testing.assert_array_equal(np.flatnonzero(moved(run, x_BLD, 4)), [2, 3, 4, 5, 6])
 
 
-@pytest.mark.parametrize('positions', [p for p in layers.POSITIONS if p != 'none'])
+@pytest.mark.parametrize('positions', [p for p in POSITIONS if p != 'none'])
 def test_positions_tell_word_order(positions):
   """Without a causal mask a core that knows no positions commutes with permutations."""
   x_BLD, order = inputs(), np.random.default_rng(0).permutation(L)

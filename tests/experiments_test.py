@@ -50,15 +50,11 @@ def lowered(spec: str, topology: str, **overrides):
   parts, strategy = experiment.sketch(c), c['sharding']['strategy']
   mesh = sharding.make_mesh(c['sharding'], devices(topology))
   sharding.check_mesh(mesh, strategy)
-  sharding.check_batch(c['batch'], c['micro_batches'], mesh, strategy)
+  sharding.check_batch(c, mesh)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, _ = train.init_state(parts, mesh)
     sharding.unsharded(like.params, mesh, strategy, c['sharding']['max_unsharded'])
-    batch = parts.abstract_batch()
-    places = sharding.batch_shardings(batch, mesh, strategy)
-    struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    step = jax.jit(train.make_step(parts, transform), donate_argnums=0)
-    return step.lower(like, jax.tree.map(struct, batch, places))
+    return train.lower(parts, mesh, like, transform)
 
 
 MEANT = [(str(path), topology) for path in FILES for topology in MODULES[path].TOPOLOGIES]
@@ -67,10 +63,8 @@ MEANT = [(str(path), topology) for path in FILES for topology in MODULES[path].T
 @pytest.mark.parametrize('spec', VARIANTS)
 def test_every_variant_fits_together_and_lowers(spec):
   """The whole program at its full size, traced; compiling is what the next test does."""
-  path = pathlib.Path(spec.partition(':')[0])
-  one_dimension = {'sharding.data': -1, 'sharding.model': 1}  # 25 heads, and two, divide by none
-  topology = next(iter(MODULES[path].TOPOLOGIES))
-  assert lowered(spec, topology, **one_dimension).as_text().startswith('module')
+  topology = next(iter(MODULES[pathlib.Path(spec.partition(':')[0])].TOPOLOGIES))
+  assert lowered(spec, topology).as_text().startswith('module')
 
 
 @pytest.mark.parametrize(('spec', 'topology'), MEANT)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from lmjax import generate
 from lmjax.config import UserError
-from lmjax.models import layers
+from lmjax.models.positions import POSITIONS
 
 
 def model_and_params(parts, **overrides):
@@ -19,7 +19,7 @@ def model_and_params(parts, **overrides):
 
 
 VARIANTS = [
-  *({'model.positions': name} for name in layers.POSITIONS),
+  *({'model.positions': name} for name in POSITIONS),
   {'model.kv_heads': 1, 'model.qk_norm': True, 'model.positions': 'rotary'},
   {'model.window': 4, 'model.norm_position': 'both', 'model.scan': False},
 ]
@@ -37,6 +37,18 @@ def test_greedy_with_a_cache_is_greedy_without(parts, overrides):
     tokens = tokens.at[:, place].set(logits(tokens)[:, place - 1].argmax(axis=-1))
   np.testing.assert_array_equal(got, tokens[:, 7:])
   assert len(np.unique(got)) > 2
+
+
+def test_a_run_with_a_kernel_generates_without_it(parts):
+  """Kernels have no cache, and need not be those of the devices that generate."""
+  plain, params = model_and_params(parts)
+  experiment = parts('clm', **{'model.attention': 'splash'})
+  prompt = np.full((1, 5), 7, np.int32)
+  got, expected = (
+    generate.continue_tokens(e.model, params, prompt, jax.random.key(0), 4, temperature=0)
+    for e in (experiment, plain)
+  )
+  np.testing.assert_array_equal(got, expected)
 
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.06, 0.04]]))

@@ -60,7 +60,7 @@ PLACES = {
   ],
 )
 def test_the_loss_in_chunks_is_that_of_all_logits(monkeypatch, place, tied, chunks):
-  b, length, d, v = 6, 9, 4, 21
+  b, length, d, v = 6, 9, 12, 21
   strategy, sizes = PLACES[place]
   mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
   monkeypatch.setattr(heads, 'CHUNK', b * length * v // (chunks * mesh.size))

@@ -52,8 +52,9 @@ def curve(experiment, devices: int | list[int], steps: int = 4) -> np.ndarray:
   devices = range(devices) if isinstance(devices, int) else devices
   mesh = sharding.make_mesh(c['sharding'], [jax.devices()[i] for i in devices])
   with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
-    _, transform, make_state = train.init_state(experiment, mesh)
-    state, step = make_state(), jax.jit(train.make_step(experiment, transform))
+    like, transform, make_state = train.init_state(experiment, mesh)
+    # As a run has it: compiled once, it refuses a state that does not stay where it was.
+    state, step = make_state(), train.lower(experiment, mesh, like, transform).compile()
     ours = experiment.rows(mesh)
     data, rows = loader.Loader(experiment.examples('train'), c['batch'], c['seed'], ours), []
     for i in range(steps):

@@ -101,7 +101,11 @@ MISTAKES = {
   ),
   'heads do not divide': (CLM, {'model.heads': 5}, 'heads = 5'),
   'kv heads do not divide': (CLM, {'model.kv_heads': 3}, 'kv_heads = 3'),
-  'micro-batches do not divide': (CLM, {'micro_batches': 7}, 'micro_batches = 7'),
+  'micro-batches do not divide': (
+    CLM,
+    {'data.train': '{}/good.txt', 'micro_batches': 7},
+    'into 7 micro-batch(es) on 2 device(s): try',
+  ),
   'batch does not divide over devices': (CLM, {'batch': 3}, 'try 2 or 4'),
   'mesh of the wrong size': (
     CLM,
@@ -192,6 +196,11 @@ MISTAKES = {
     '{}/bytes.py:clm',
     {'data.train': '{}/good.txt', 'checkpoint.keep_best': 'eval/validation/los'},
     'eval/validation/loss',
+  ),
+  'cache is a file': (
+    CLM,
+    {'data.train': '{}/good.txt', 'cache': '/dev/null/cache'},
+    'cannot keep anything in /dev/null/cache',
   ),
   'workdir is a file': (CLM, {'workdir': '{}/afile'}, 'afile'),
   'workdir cannot be made': (CLM, {'workdir': '/proc/none/run'}, '/proc/none/run'),

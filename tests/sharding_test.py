@@ -1,5 +1,7 @@
 """Where things lie under each strategy, and what cannot lie there."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -54,8 +56,26 @@ def test_a_mesh_of_the_wrong_size_is_a_sentence(sizes, said):
     ({'data': 1}, (1, 8, 1, 1)),
   ],
 )
-def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(sizes, shape):
-  assert tuple(sharding.mesh_of_run(EIGHT | sizes).shape.values()) == shape
+def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(parts, sizes, shape):
+  made = parts('clm', **{f'sharding.{axis}': size for axis, size in (EIGHT | sizes).items()})
+  assert tuple(sharding.mesh_of_run(made.config, made.boxed_shapes()).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+  ('batch', 'dim', 'most'), [(8, 16, 8), (12, 16, 4), (8, 20, 4), (7, 16, 1), (8, 30, 2)]
+)
+def test_else_on_as_many_devices_as_its_shapes_divide_over(parts, batch, dim, most):
+  sixteen = {'sharding.strategy': 'fsdp', 'sharding.data': 16}
+  made = parts('clm', batch=batch, **{'model.dim': dim}, **sixteen)
+  assert sharding.mesh_of_run(made.config, made.boxed_shapes()).size == most
+
+
+def test_hosts_of_cpus_are_no_slices(monkeypatch):
+  """JAX numbers their devices as if they were: two hosts of four."""
+  monkeypatch.setattr(sharding, 'Mesh', lambda devices, *_, **__: devices)
+  stub = lambda i: dict(device_kind='cpu', id=i, process_index=i // 4, slice_index=i // 4)
+  devices = [types.SimpleNamespace(platform='cpu', **stub(i)) for i in range(8)]
+  assert sharding.make_mesh(EIGHT, devices).shape == (1, 8, 1, 1)
 
 
 def test_slices_lie_along_replica():
@@ -118,6 +138,15 @@ def test_what_a_device_holds(parts, strategy, sizes, of_params, of_state):
   if of_params < 1:
     with pytest.raises(UserError, match='lie whole on every device'):
       sharding.unsharded(like.params, mesh, strategy, most=whole - 1e-6)
+
+
+def test_a_length_that_does_not_divide_is_refused(parts):
+  made = parts('clm')
+  for strategy, axis in (('sequence', 'sequence'), ('tensor', 'model')):
+    config = {**made.config, 'length': 50, 'sharding': {'strategy': strategy}}
+    with pytest.raises(UserError, match='length = 50 does not divide over the 4 devices'):
+      sharding.check_batch(config, sharding.make_mesh(EIGHT | {axis: 4}))
+    sharding.check_batch({**config, 'length': 52}, sharding.make_mesh(EIGHT | {axis: 4}))
 
 
 @pytest.mark.parametrize(

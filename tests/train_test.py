@@ -1,5 +1,6 @@
 """Runs from beginning to end: what they write, and that they resume exactly."""
 
+import contextlib
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from lmjax import (
   config,
@@ -26,9 +28,10 @@ from lmjax import (
   sharding,
   train,
 )
+from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
-from lmjax.models import layers
+from lmjax.models.positions import POSITIONS
 from tests.invariance_test import curve
 
 
@@ -103,6 +106,17 @@ def test_another_experiment_is_refused_and_cadences_are_free(finished, tiny):
   with pytest.raises(UserError, match=r'optimizer.lr is 0.01 there and 0.5 here'):
     train.run(other, str(workdir))
   assert train.run({**c, 'log': {**c['log'], 'every': 2}}, str(workdir)) == result
+  elsewhere = {**c['model'], 'remat': 'full', 'attention': 'splash', 'scan': False}
+  assert train.run({**c, 'model': elsewhere}, str(workdir)) == result
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+def test_micro_batches_are_free_where_they_draw_no_noise(tiny, tmp_path, dropout):
+  c = tiny(**{'model.dropout': dropout})
+  (tmp_path / 'config.json').write_text(json.dumps(c))
+  refused = pytest.raises(UserError, match='micro_batches is 1 there and 2 here')
+  with refused if dropout else contextlib.nullcontext():
+    assert workdir_lib.check(epath.Path(tmp_path), {**c, 'micro_batches': 2}) is None
 
 
 def test_evaluate_says_what_the_run_said(finished):
@@ -271,7 +285,7 @@ def test_every_optimizer_trains_and_resumes(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize('objective', ['clm', 'mlm'])
-@pytest.mark.parametrize('positions', layers.POSITIONS)
+@pytest.mark.parametrize('positions', POSITIONS)
 def test_every_kind_of_positions_trains(parts, objective, positions):
   overrides = {'model.positions': positions, 'optimizer.lr': 0.02}
   losses = curve(parts(objective, steps=20, **overrides), devices=1, steps=20)[:, 0]

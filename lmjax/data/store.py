@@ -116,8 +116,14 @@ def lock(directory: epath.Path) -> Iterator[None]:
   if '://' in str(directory):
     yield
     return
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  with open(f'{directory}.lock', 'w') as file:
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    file = open(f'{directory}.lock', 'w')  # noqa: SIM115
+  except OSError as e:
+    raise UserError(
+      f'cannot keep anything in {directory.parent}: {e.strerror}: choose a cache'
+    ) from e
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

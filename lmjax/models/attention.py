@@ -93,7 +93,8 @@ def attention(
   length, head_dim = q_BLNH.shape[1], q_BLNH.shape[3]
   asked = dict(bias=bias_BNLS is not None, dropout=dropout is not None, cache=offset is not None)
   asked |= dict(masks=mask.kinds, dtype=q_BLNH.dtype.name, head_dim=head_dim, length=length)
-  chosen, why = flash.choose(backend, **asked)
+  # Who asks for a kernel means the training; text is generated with a cache, which none has.
+  chosen, why = flash.choose('auto' if asked['cache'] else backend, **asked)
   if say:
     _say(f'attention: {chosen} ({why})')
   if chosen == 'reference':
@@ -127,8 +128,8 @@ def reference(
   q_BGRLH = q_BLNH.reshape(b, length, g, n // g, h).transpose(0, 2, 3, 1, 4) * h**-0.5
   k_BGSH, v_BGSH = k_BSGH.swapaxes(1, 2), v_BSGH.swapaxes(1, 2)
   rows = (b, g, n // g * length)
-  logits = products.matmul(q_BGRLH.reshape(*rows, h), k_BGSH.mT)
-  logits = logits.astype(jnp.float32).reshape(b, g, n // g, length, keys)
+  logits = products.matmul(q_BGRLH.reshape(*rows, h), k_BGSH.mT, jnp.float32)
+  logits = logits.reshape(b, g, n // g, length, keys)
   if bias_BNLS is not None:
     logits += bias_BNLS.reshape(-1, g, n // g, *bias_BNLS.shape[2:])
   logits = jnp.where(allowed_BLS[:, None, None], logits, jnp.finfo(jnp.float32).min)
@@ -146,7 +147,7 @@ class Attention(nn.Module):
   dim: int
   heads: int
   kv_heads: int
-  rotate: Callable  # layers.NoPositions.rotate or another's
+  rotate: Callable  # NoPositions.rotate or another's
   initializers: layers.Initializers
   bias: bool
   qk_norm: bool  # Henry et al., 2020: normalised queries and keys keep the logits bounded

@@ -6,31 +6,18 @@ H head.  `interpret` runs a Pallas kernel anywhere, slowly.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lmjax.config import UserError
-from lmjax.models import products
+from lmjax.models import products, shards
 
 QUERY, KEY = ('batch', 'length', 'heads', 'kv'), ('batch', None, 'heads', 'kv')
-
-
-def _spec(*names: str | None) -> PartitionSpec:
-  return nn.logical_to_mesh_axes(names)
-
-
-def shards(name: str) -> int:
-  """Over how many devices a logical axis lies."""
-  mesh, (axes,) = jax.sharding.get_abstract_mesh(), _spec(name)
-  axes = (axes,) if isinstance(axes, str) else axes or ()
-  return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _on_shards(kernel: Callable, arrays: tuple, specs: tuple) -> jax.Array:
@@ -38,7 +25,9 @@ def _on_shards(kernel: Callable, arrays: tuple, specs: tuple) -> jax.Array:
   if jax.sharding.get_abstract_mesh().size <= 1:
     return kernel(*arrays)
   specs = specs[: len(arrays)]
-  return jax.shard_map(kernel, in_specs=specs, out_specs=_spec(*QUERY), check_vma=False)(*arrays)
+  return jax.shard_map(kernel, in_specs=specs, out_specs=shards.spec(*QUERY), check_vma=False)(
+    *arrays
+  )
 
 
 def cudnn(
@@ -59,7 +48,7 @@ def cudnn(
     )
 
   lengths = () if lengths_B is None else (lengths_B,)
-  specs = (_spec(*QUERY), _spec(*KEY), _spec(*KEY), _spec('batch'))
+  specs = (shards.spec(*QUERY), shards.spec(*KEY), shards.spec(*KEY), shards.spec('batch'))
   return _on_shards(kernel, (q_BLNH, k_BSGH, v_BSGH, *lengths), specs)
 
 
@@ -80,7 +69,7 @@ def triton(
     return mha(q, k, v, segments[0] if segments else None, scale, causal, interpret=interpret)
 
   segments = () if segments_BL is None else (segments_BL,)
-  specs = (_spec(*QUERY), _spec(*KEY), _spec(*KEY), _spec('batch', None))
+  specs = (shards.spec(*QUERY), shards.spec(*KEY), shards.spec(*KEY), shards.spec('batch', None))
   return _on_shards(kernel, (q_BLNH, k_BSGH, v_BSGH, *segments), specs)
 
 
@@ -101,7 +90,7 @@ def splash(
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  (_, length, heads, head_dim), ways = q_BLNH.shape, shards('length')
+  (_, length, heads, head_dim), ways = q_BLNH.shape, shards.ways('length')
   keys, parts = k_BSGH.shape[1], ways
   if causal or 0 < window < keys:
     left, right = (window - 1, window - 1) if window else (None, None)
@@ -116,7 +105,7 @@ def splash(
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([seen] * heads),
     block_sizes=kernels.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
-    head_shards=shards('heads'),
+    head_shards=shards.ways('heads'),
     q_seq_shards=parts,
     interpret=interpret,
   )
@@ -132,10 +121,16 @@ def splash(
   segments = ()
   if segments_BL is not None:
     segments = (segments_BL[:, seen.q_sequence] if deal else segments_BL, segments_BL)
-  specs = (_spec(*QUERY), _spec(*KEY), _spec(*KEY), _spec('batch', 'length'), _spec('batch', None))
+  specs = (
+    shards.spec(*QUERY),
+    shards.spec(*KEY),
+    shards.spec(*KEY),
+    shards.spec('batch', 'length'),
+    shards.spec('batch', None),
+  )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1:
-    place = NamedSharding(mesh, _spec('heads', 'length' if parts > 1 else None))
+    place = NamedSharding(mesh, shards.spec('heads', 'length' if parts > 1 else None))
     specs = (kernel.manual_sharding_spec(place), *specs)
   return _on_shards(run, (kernel, q_BLNH, k_BSGH, v_BSGH, *segments), specs)
 
@@ -149,7 +144,7 @@ def _dealt(length: int, ways: int) -> np.ndarray:
 
 def _exchange(x_BNLH: jax.Array, ways: int, back: bool = False) -> jax.Array:
   """Deals the pieces out: each shard has an even one and an odd one, before and after."""
-  (axis,) = _spec('length')
+  (axis,) = shards.spec('length')
 
   def owner(piece):
     return min(piece, 2 * ways - 1 - piece)
@@ -244,7 +239,7 @@ def lacks(
   """Why a kernel cannot do what is asked of it; '' where it can.  None: not known yet."""
   kernel = KERNELS[name]
   missing = [mask for mask in masks if mask not in kernel.masks]
-  ways = shards('length')
+  ways = shards.ways('length')
   multiple = kernel.length_multiple * ways
   reasons = {
     f'runs on {kernel.platform}, not on {platform}': platform not in (None, kernel.platform),

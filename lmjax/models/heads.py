@@ -9,9 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from lmjax.metrics import Mean
-from lmjax.models import layers, products
+from lmjax.models import layers, products, shards
 
 
 def table_rows(vocab_size: int, multiple: int) -> int:
@@ -33,13 +34,13 @@ class TokenHead(nn.Module):
   def setup(self):
     if not self.tied:
       axes = ('vocab', 'embed')
-      self.table = layers.Embed(self.rows, self.dim, axes, self.initializers, role='head')
+      self.table = layers.Embed(self.rows, self.dim, axes, self.initializers, 'head', self.dtype)
     if self.bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
       self.bias_V = self.param('bias', zeros, (self.rows,))
 
   def __call__(self, x_BLD: jax.Array, embed: layers.Embed) -> jax.Array:
-    logits_BLV = (embed if self.tied else self.table).attend(x_BLD, self.dtype)
+    logits_BLV = (embed if self.tied else self.table).attend(x_BLD)
     logits_BLV = logits_BLV + self.bias_V[None, None] if self.bias else logits_BLV
     return logits_BLV[..., : self.vocab_size]
 
@@ -56,12 +57,23 @@ class TokenHead(nn.Module):
 
     Gradients flow through the first number only; the others are to be looked at.
     """
-    table_VD = (embed if self.tied else self.table).table
-    bias_V = self.bias_V if self.bias else jnp.zeros(self.rows)
     options = (label_smoothing, z_loss, self.vocab_size, self.dtype)
-    totals = _chunked(x_BLD, table_VD, bias_V, targets_BL, weights_BL, *options)
+    bias_V = self.bias_V if self.bias else jnp.zeros(self.rows)
+    rows = shards.rows(x_BLD.shape[:2])
+    copies, of_copies = (embed if self.tied else self.table).copies(rows)
+    of_bias, of_rows = shards.places(('vocab',), rows), PartitionSpec(*rows)
+
+    def totals(x_BLD, copies_1VD, bias, targets_BL, weights_BL):
+      bias_V = shards.whole(bias, of_bias)
+      sums = _chunked(x_BLD, copies_1VD[0], bias_V, targets_BL, weights_BL, *options)
+      return jnp.stack(sums)[None]
+
+    # The gradient of the table is summed over the devices once, not in every chunk.
+    places = (of_rows, of_copies, of_bias, of_rows, of_rows)
+    run = shards.on_rows(totals, rows, places, PartitionSpec(sum(rows, ())))
+    sums = run(x_BLD, copies, bias_V, targets_BL, weights_BL).sum(axis=0)
     weight = weights_BL.sum()
-    return tuple(Mean(total, weight) for total in totals)
+    return tuple(Mean(total, weight) for total in sums)
 
 
 class Classifier(nn.Module):
@@ -157,10 +169,8 @@ def _scan(
 ):
   """(totals, gradients of the first of them), summed over chunks of the length."""
   (b, length, d), v = x_BLD.shape, len(table_VD)
-  devices = jax.sharding.get_abstract_mesh().size or 1
-  least = math.ceil(b * length * v / (CHUNK * devices))
+  least = math.ceil(b * length * v / (CHUNK * shards.ways('batch', 'length', 'vocab')))
   n = next(n for n in range(1, length + 1) if n >= min(least, length) and length % n == 0)
-  table_VD = table_VD.astype(dtype)
 
   def cut(x):
     # Every n-th place, so that each shard of the length has its share of a chunk.
@@ -190,4 +200,5 @@ def _scan(
   if not gradients:
     return carry, None
   d_BLD = jnp.moveaxis(d_NBCD, 0, 2).reshape(b, length, d)
-  return carry[0], (d_BLD, *carry[1:])
+  sums, d_VD, d_V = carry
+  return sums, (d_BLD, d_VD.astype(table_VD.dtype), d_V)

@@ -1,18 +1,20 @@
-"""The parts of every core: products, norms, embeddings, positions, feed-forward, initialisers.
+"""The parts of every core: products, norms, embeddings, feed-forward, initialisers.
 
 B batch, L length (S of keys), D model, N heads, H head, F feed-forward, V vocabulary.
 Parameters are float32 and carry logical axis names; products run in the `dtype` of the core;
 norms and softmax run in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
-from lmjax.models import products
+from lmjax.models import products, shards
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -83,12 +85,20 @@ class Linear(nn.Module):
     fan_in, n = math.prod(self.inputs), len(self.inputs)
     init = nn.with_logical_partitioning(self.initializers(self.role, fan_in), self.axes)
     kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(self.dtype)
-    y = products.product(x.astype(self.dtype), kernel, n)
+    y = self._product(x.astype(self.dtype), kernel)
     if not self.bias:
       return y
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
     bias = self.param('bias', zeros, self.outputs).astype(self.dtype)
     return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+
+  def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    n, rows = len(self.inputs), shards.rows(x.shape[: x.ndim - len(self.inputs)])
+    places, of_x = shards.places(self.axes, rows), PartitionSpec(*rows)
+    if not any(places):
+      return products.product(x, kernel, n)
+    run = lambda x, part: products.product(x, shards.whole(part, places), n)
+    return shards.on_rows(run, rows, (of_x, places), of_x)(x, kernel)
 
 
 class Embed(nn.Module):
@@ -99,17 +109,44 @@ class Embed(nn.Module):
   axes: tuple[str, str]
   initializers: Initializers
   role: str = 'embedding'
+  dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     init = nn.with_logical_partitioning(self.initializers(self.role, self.dim), self.axes)
     self.table = self.param('table', init, (self.num, self.dim))
+    # For each device that has rows a whole table in the dtype of products, gathered once.
+    table = self.table.astype(self.dtype)
+    self.copies = functools.cache(lambda rows: shards.copies(table, self.axes, rows))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    return self.table[ids]
+    rows = shards.rows(ids.shape)
+    copies, places = self.copies(rows)
+    of_ids = PartitionSpec(*rows)
+    look_up = lambda copies, ids: _rows(copies[0], ids)
+    return shards.on_rows(look_up, rows, (places, of_ids), of_ids)(copies, ids)
 
-  def attend(self, x_BLD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  def attend(self, x_BLD: jax.Array) -> jax.Array:
     """Logits in float32: rounded to bfloat16, in one row of forty the two largest are equal."""
-    return products.product(x_BLD.astype(dtype), self.table.astype(dtype).T, 1, jnp.float32)
+    table = self.table.astype(self.dtype)
+    return products.product(x_BLD.astype(self.dtype), table.T, 1, jnp.float32)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """table[ids], whose gradient is summed in float32: a frequent row occurs thousands of times."""
+  return table[ids]
+
+
+def _rows_forward(table, ids):
+  return table[ids], (table, ids)
+
+
+def _rows_backward(saved, d):
+  table, ids = saved
+  return jnp.zeros(table.shape).at[ids].add(d.astype(jnp.float32)).astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def norm(kind: str, epsilon: float, bias: bool, axis: str = 'embed', name: str | None = None):
@@ -163,119 +200,3 @@ class FeedForward(nn.Module):
       (self.ffn_dim,), (self.dim,), ('mlp', 'embed'), role='residual', **shared, name='down'
     )
     return down(h_BLF)
-
-
-# -------------------------------------------------------------------------------------- positions
-
-
-class NoPositions(nn.Module):
-  """Word order enters through the causal mask alone; and the three places where it can enter."""
-
-  dim: int
-  heads: int
-  max_length: int
-  initializers: Initializers
-
-  def add(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    """To the embedded tokens, before the first block."""
-    return x_BLD
-
-  @staticmethod
-  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    """To the queries and keys of each block."""
-    return x_BLNH
-
-  def bias(self, query_BL: jax.Array, key_BS: jax.Array, causal: bool) -> jax.Array | None:
-    """To the attention logits: bias_BNLS, shared by all blocks."""
-    return None
-
-
-class Learned(NoPositions):
-  """A vector for each position (Devlin et al., 2019)."""
-
-  def setup(self):
-    axes = ('positions', 'embed')
-    self.embed = Embed(self.max_length, self.dim, axes, self.initializers, role='positions')
-
-  def add(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    return x_BLD + self.embed(positions_BL)
-
-
-class Sinusoidal(NoPositions):
-  """Sines and cosines of geometrically falling frequency (Vaswani et al., 2017)."""
-
-  def add(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    angles_BLD = _angles(positions_BL, self.dim)
-    table_BLD = jnp.concatenate([jnp.sin(angles_BLD), jnp.cos(angles_BLD)], axis=-1)
-    # Ours are of the size of the embeddings (0.02), as the paper's are by scaling up the tokens.
-    return x_BLD + 0.02 * table_BLD
-
-
-class Rotary(NoPositions):
-  """Queries and keys rotated by an angle that grows with position (Su et al., 2021)."""
-
-  @staticmethod
-  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    angles_BLNH = _angles(positions_BL, x_BLNH.shape[-1])[:, :, None, :]
-    a_BLNH, b_BLNH = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    sin_BLNH, cos_BLNH = jnp.sin(angles_BLNH), jnp.cos(angles_BLNH)
-    rotated = [a_BLNH * cos_BLNH - b_BLNH * sin_BLNH, b_BLNH * cos_BLNH + a_BLNH * sin_BLNH]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BLNH.dtype)
-
-
-class Alibi(NoPositions):
-  """A penalty linear in distance, steeper in each head (Press et al., 2022)."""
-
-  def bias(self, query_BL: jax.Array, key_BS: jax.Array, causal: bool) -> jax.Array:
-    power = 2 ** math.floor(math.log2(self.heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    # Heads beyond a power of two take every other slope of the next power, as the authors do.
-    slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (self.heads - power), 2)]
-    distance_BLS = jnp.abs(query_BL[:, :, None] - key_BS[:, None, :])
-    return -jnp.array(slopes)[None, :, None, None] * distance_BLS[:, None]
-
-
-class Relative(NoPositions):
-  """A learned number for each head and bucket of distances (Raffel et al., 2020)."""
-
-  buckets: int = 32
-  max_distance: int = 128
-
-  def setup(self):
-    # 1 / sqrt(buckets) keeps the bias below the logits' own spread at the start.
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(self.buckets**-0.5), ('buckets', 'heads')
-    )
-    self.table = self.param('table', init, (self.buckets, self.heads))
-
-  def bias(self, query_BL: jax.Array, key_BS: jax.Array, causal: bool) -> jax.Array:
-    distance_BLS = query_BL[:, :, None] - key_BS[:, None, :]
-    bucket_BLS = self._bucket(distance_BLS, causal)
-    return jnp.moveaxis(self.table[bucket_BLS], -1, 1)
-
-  def _bucket(self, distance: jax.Array, causal: bool) -> jax.Array:
-    """Half of the buckets are exact, half grow logarithmically; bidirectional splits by sign."""
-    buckets = self.buckets if causal else self.buckets // 2
-    offset = 0 if causal else jnp.where(distance < 0, buckets, 0)
-    distance = jnp.maximum(distance, 0) if causal else jnp.abs(distance)
-    exact = buckets // 2
-    ratio = jnp.maximum(distance, exact) / exact
-    log = exact + jnp.log(ratio) / math.log(self.max_distance / exact) * (buckets - exact)
-    far = jnp.minimum(log.astype(jnp.int32), buckets - 1)
-    return offset + jnp.where(distance < exact, distance, far)
-
-
-def _angles(positions_BL: jax.Array, dim: int) -> jax.Array:
-  """[B, L, dim / 2] position times 10000^(-2i / dim)."""
-  frequencies = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-  return positions_BL[..., None].astype(jnp.float32) * frequencies[None, None]
-
-
-POSITIONS = {
-  'none': NoPositions,
-  'learned': Learned,
-  'sinusoidal': Sinusoidal,
-  'rotary': Rotary,
-  'alibi': Alibi,
-  'relative': Relative,
-}

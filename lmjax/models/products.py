@@ -1,5 +1,6 @@
 """Matrix products, in the form that the compiler for the devices at hand does best."""
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,10 @@ from flax import linen as nn
 def platform() -> str:
   """Of the devices that the program is for, which need not be those of this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else jax.default_backend()
+  if not device:
+    return jax.default_backend()
+  kind = device.device_kind  # jax 0.10.0 knows no more of it
+  return 'cpu' if kind == 'cpu' else 'tpu' if kind.startswith('TPU') else 'gpu'
 
 
 def product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -25,28 +29,30 @@ def product(x: jax.Array, kernel: jax.Array, n: int, dtype: jnp.dtype | None = N
 
 
 def matmul(x: jax.Array, y: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-  """x @ y in their dtype, or another."""
-  if x.dtype == jnp.bfloat16 and dtype is None and platform() == 'cpu':
-    return _wide(x, y)
-  return jnp.matmul(x, y, preferred_element_type=dtype)
+  """x @ y in their dtype, or rounded to another; the gradients' products are in their dtype."""
+  dtype = dtype or x.dtype
+  if x.dtype == dtype and not (x.dtype == jnp.bfloat16 and platform() == 'cpu'):
+    return jnp.matmul(x, y)
+  return _wide(x, y, dtype)
 
 
-@jax.custom_vjp
-def _wide(x: jax.Array, y: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """With float32 results: only so does XLA use the matrix unit of a CPU (AMX), 7 times as fast.
 
-  Elsewhere it would be wrong: partial sums would travel between devices in float32.
+  Where they are not asked for, they would be wrong elsewhere: partial sums would travel between
+  devices in float32.
   """
-  return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _forward(x, y):
-  return _wide(x, y), (x, y)
+def _forward(x, y, dtype):
+  return _wide(x, y, dtype), (x, y)
 
 
-def _backward(operands, d):
-  x, y = operands
-  return _wide(d, y.mT), _wide(x.mT, d)
+def _backward(dtype, operands, d):
+  (x, y), d = operands, d.astype(operands[0].dtype)
+  return matmul(d, y.mT), matmul(x.mT, d)
 
 
 _wide.defvjp(_forward, _backward)

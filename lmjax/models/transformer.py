@@ -10,6 +10,7 @@ from flax import linen as nn
 from lmjax.config import UserError, did_you_mean
 from lmjax.models import flash, layers
 from lmjax.models.attention import Attention, Mask
+from lmjax.models.positions import POSITIONS, NoPositions
 
 SIZES = {
   # Devlin et al., 2019; Turc et al., 2019, for the small ones.
@@ -107,7 +108,7 @@ class Transformer(nn.Module):
 
   def __post_init__(self):
     chosen = {
-      'positions': layers.POSITIONS,
+      'positions': POSITIONS,
       'ffn': layers.ACTIVATIONS,
       'attention': flash.BACKENDS,
       'norm': layers.NORMS,
@@ -136,7 +137,7 @@ class Transformer(nn.Module):
       if not 0 <= getattr(self, key) < 1:
         raise UserError(f'model.{key} = {getattr(self, key)} must be at least 0 and below 1')
     if self.attention in flash.KERNELS:
-      biased = layers.POSITIONS[self.positions].bias is not layers.NoPositions.bias
+      biased = POSITIONS[self.positions].bias is not NoPositions.bias
       asked = dict(bias=biased, dropout=self.attention_dropout > 0, dtype=self.dtype)
       if why := flash.lacks(self.attention, head_dim=self.dim // self.heads, **asked):
         raise UserError(f'model.attention = "{self.attention}" cannot be: {why}')
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
 
   def setup(self):
     initializers = layers.Initializers(self.initializer, self.depth)
-    positions = layers.POSITIONS[self.positions]
+    positions = POSITIONS[self.positions]
     self.position = positions(self.dim, self.heads, self.max_length, initializers)
     norm = lambda: layers.norm(self.norm, self.norm_epsilon, self.bias)
     self.input_norm = norm() if self.embed_norm else (lambda x_BLD: x_BLD)
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
         self.dim,
         self.heads,
         self.kv_heads or self.heads,
-        layers.POSITIONS[self.positions].rotate,
+        POSITIONS[self.positions].rotate,
         qk_norm=self.qk_norm,
         window=self.window,
         dropout=self.attention_dropout,

@@ -102,7 +102,7 @@ class CausalLM(nn.Module):
     core, d = self.core, self.core.dim
     init, dtype = layers.Initializers(core.initializer, core.depth), jnp.dtype(core.dtype)
     rows = heads.table_rows(self.vocab_size, core.vocab_multiple)
-    self.embed = layers.Embed(rows, d, ('vocab', 'embed'), init)
+    self.embed = layers.Embed(rows, d, ('vocab', 'embed'), init, dtype=dtype)
     tied = self.objective.tied
     self.head = heads.TokenHead(self.vocab_size, rows, d, tied, False, init, dtype)
 

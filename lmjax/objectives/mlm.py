@@ -205,12 +205,12 @@ class MaskedLM(nn.Module):
     core, o = self.core, self.objective
     init, dtype = layers.Initializers(core.initializer, core.depth), jnp.dtype(core.dtype)
     d, rows = core.dim, heads.table_rows(self.vocab_size, core.vocab_multiple)
-    self.embed = layers.Embed(rows, d, ('vocab', 'embed'), init)
+    self.embed = layers.Embed(rows, d, ('vocab', 'embed'), init, dtype=dtype)
     self.transform = layers.Linear((d,), (d,), ('embed', 'mlp'), init, dtype=dtype)
     self.transform_norm = layers.norm(core.norm, core.norm_epsilon, core.bias)
     self.head = heads.TokenHead(self.vocab_size, rows, d, o.tied, True, init, dtype)
     if o.pairs:
-      self.types = layers.Embed(2, d, ('types', 'embed'), init)
+      self.types = layers.Embed(2, d, ('types', 'embed'), init, dtype=dtype)
       self.classifier = heads.Classifier(2, init, dtype)
 
   def encode(self, batch: dict[str, jax.Array], train: bool) -> jax.Array:

@@ -69,7 +69,7 @@ def lmjax(model: str, dtype: str, overrides: dict) -> tuple[dict[str, float], Ca
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, make_state = train.init_state(parts, mesh)
     began = time.perf_counter()
-    compiled, _ = train._compile(parts, train.make_step(parts, transform), like, mesh)
+    compiled = train.lower(parts, mesh, like, transform).compile()
     known = {'compile_seconds': time.perf_counter() - began}
     state = make_state()
   shapes = parts.abstract_batch()
