@@ -3,8 +3,7 @@
 python -m lmjax.main --config experiments/gpt2.py:small --workdir gs://BUCKET/gpt2_small
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
-The batch is nanoGPT's half million tokens; the schedule its 600,000 steps.  The 25 heads of xl do
-not divide over sharding.model: give sharding.data all devices.
+The batch is nanoGPT's half million tokens; the schedule its 600,000 steps.
 """
 
 from lmjax import config
@@ -12,8 +11,8 @@ from lmjax import config
 LEARNING_RATES = {'small': 6e-4, 'medium': 3e-4, 'large': 2.5e-4, 'xl': 2e-4}  # Brown et al., 2020
 VARIANTS = tuple(LEARNING_RATES)
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
-  'v5e:4x4': {'sharding.strategy': 'fsdp', 'sharding.data': 4, 'sharding.model': 4},
-  'v5p:2x2x4': {'sharding.strategy': 'fsdp', 'sharding.data': 4, 'sharding.model': 4},
+  'v5e:4x4': {'sharding.data': 4, 'sharding.model': 4},
+  'v5p:2x2x4': {'sharding.data': 4, 'sharding.model': 4},
   'h100:8': {'sharding.strategy': 'zero'},
 }
 
@@ -27,6 +26,7 @@ def get_config(size='small'):
   c.model.update(size=f'gpt2_{size}', dtype='bfloat16', remat='full', vocab_multiple=128)
   c.optimizer.lr = config.choose(size, LEARNING_RATES)
   c.optimizer.update(warmup_steps=2000, final_lr=0.1, weight_decay=0.1, b2=0.95, clip=1.0)
+  c.sharding.strategy = 'fsdp'
   c.evaluate.update(every=2000, batches=20)
   c.checkpoint.update(every=2000, keep_every=100_000)
   return c

@@ -11,13 +11,12 @@ from lmjax import config
 
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
   'v5e:4x4': {
-    'sharding.strategy': 'fsdp',
     'sharding.data': 4,
     'sharding.model': 4,
     'micro_batches': 2,
   },
-  'v5e:8x8': {'sharding.strategy': 'fsdp', 'sharding.data': 16, 'sharding.model': 4},
-  'h100:8': {'sharding.strategy': 'fsdp', 'micro_batches': 4},
+  'v5e:8x8': {'sharding.data': 16, 'sharding.model': 4},
+  'h100:8': {'micro_batches': 4},
 }
 
 
@@ -31,6 +30,7 @@ def get_config():
   c.model.update(depth=20, dim=2048, heads=16, kv_heads=4, ffn_dim=5632, dtype='bfloat16')
   c.model.update(positions='rotary', norm='rmsnorm', ffn='swiglu', bias=False, remat='full')
   c.optimizer.update(lr=4e-4, warmup_steps=1000, final_lr=0.1, weight_decay=0.1, b2=0.95, clip=1.0)
+  c.sharding.strategy = 'fsdp'
   c.evaluate.update(every=1000, batches=20)
   c.checkpoint.update(every=500, keep_every=5000)
   return c

@@ -10,9 +10,9 @@ twenty for each parameter (Hoffmann et al., 2022).
 from lmjax import config
 
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
-  'v5e:16x16': {'sharding.strategy': 'fsdp', 'sharding.data': 32, 'sharding.model': 8},
-  'v5p:4x4x4': {'sharding.strategy': 'fsdp', 'sharding.data': 16, 'sharding.model': 4},
-  'h100:8': {'sharding.strategy': 'fsdp', 'micro_batches': 16},
+  'v5e:16x16': {'sharding.data': 32, 'sharding.model': 8},
+  'v5p:4x4x4': {'sharding.data': 16, 'sharding.model': 4},
+  'h100:8': {'micro_batches': 16},
 }
 
 
@@ -26,6 +26,7 @@ def get_config():
   c.model.update(depth=32, dim=4096, heads=32, kv_heads=8, ffn_dim=14_336, dtype='bfloat16')
   c.model.update(positions='rotary', norm='rmsnorm', ffn='swiglu', bias=False, remat='full')
   c.optimizer.update(lr=3e-4, warmup_steps=2000, final_lr=0.1, weight_decay=0.1, b2=0.95, clip=1.0)
+  c.sharding.strategy = 'fsdp'
   c.evaluate.update(every=1000, batches=20)
   c.checkpoint.update(every=500, keep_every=5000)
   return c

@@ -129,11 +129,12 @@ class Experiment:
     """Of the matrix products of a training step, without what is computed again."""
     # Kernels do not say what they compute, and a program on shards is only one device's.
     model = self.objective.model(self.core.clone(attention='reference'), self.vocab_size)
+    init = lambda batch: model.init({'params': jax.random.key(0)}, batch, train=False)
+    apply = lambda variables, batch: model.apply(variables, batch, train=False)
+    batch = self.abstract_batch()
     with nn.logical_axis_rules(()):
-      apply = lambda params, batch: model.apply({'params': params}, batch, train=False)
-      params = nn.unbox(self.boxed_shapes())
-      forward = metrics.matmul_flops(apply, params, self.abstract_batch())
-    return 3 * forward  # backward is twice forward
+      variables = nn.unbox(jax.eval_shape(init, batch))
+      return 3 * metrics.matmul_flops(apply, variables, batch)  # backward is twice forward
 
 
 def prepare(config: Mapping[str, Any]) -> Experiment:

@@ -119,6 +119,18 @@ def cluster() -> tuple[str, int, int] | None:
 # ------------------------------------------------------------------------ what they tell each other
 
 
+def check_joined() -> None:
+  """Raises a UserError where someone else has joined processes: these would not be told apart."""
+  import jax
+
+  ours = len(_line.hosts) if _line else 1
+  if jax.process_count() != ours:
+    raise UserError(
+      f'jax.distributed has {jax.process_count()} processes, of which lmjax knows {ours}: instead '
+      'of jax.distributed.initialize call lmjax.processes.start'
+    )
+
+
 def index() -> int:
   """The number of this process.  Asking JAX would start its backend."""
   return _line.index if _line else 0

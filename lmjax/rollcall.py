@@ -66,12 +66,14 @@ def hold(
   """
   count, came, ends, wrong = hello['processes'], {0: hello}, {}, None
   deadline = time.monotonic() + seconds
-  with _server(coordinator) as server, contextlib.ExitStack() as stack:
+  with (
+    _server(coordinator) as server,
+    _Callers(server) as callers,
+    contextlib.ExitStack() as stack,
+  ):
     while not wrong and len(_present(came, ends)) < count:
-      server.settimeout(max(0.01, deadline - time.monotonic()))
-      try:
-        end = End.of(server.accept()[0], timeout=5)
-      except TimeoutError:
+      end = callers.next(deadline)
+      if not end:
         break
       said = end.receive()
       if not said or not said.keys() >= hello.keys():
@@ -136,6 +138,33 @@ def _server(coordinator: str) -> socket.socket:
     return socket.create_server(('', port), family=family, dualstack_ipv6=both, backlog=1024)
   except OSError as e:
     raise UserError(f'process 0 cannot listen at port {port} ({e.strerror}): name another') from e
+
+
+class _Callers:
+  """Those who call, in the order in which they say something: who is silent holds nobody up."""
+
+  def __init__(self, server: socket.socket):
+    self._server, self._silent, self._poll = server, {}, select.poll()
+    self._poll.register(server, select.POLLIN)
+
+  def __enter__(self) -> '_Callers':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for end in self._silent.values():
+      end.close()
+
+  def next(self, deadline: float) -> End | None:
+    """None when nobody says anything before the deadline."""
+    while ready := self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+      for file, _ in ready:
+        if file in self._silent:
+          self._poll.unregister(file)
+          return self._silent.pop(file)
+        end = End.of(self._server.accept()[0], timeout=5)
+        self._silent[end.socket.fileno()] = end
+        self._poll.register(end.socket, select.POLLIN)
+    return None
 
 
 def _raise(wrong: Sequence | None) -> None:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lmjax import processes
 from lmjax.config import UserError, did_you_mean
 
 MESH_AXES = ('replica', 'data', 'sequence', 'model')
@@ -84,7 +85,9 @@ def make_mesh(
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
+  if devices is None:
+    processes.check_joined()
+    devices = jax.devices()
   # JAX also takes every host of CPUs or GPUs for a slice, by which all meshes may be cut.
   slices = len({getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) or 1
   said = {'replica': None, 'data': -1, **dict.fromkeys(MESH_AXES[2:], 1), **(sizes or {})}

@@ -273,11 +273,14 @@ def test_a_stranger_and_a_process_that_was_started_again_do_no_harm():
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(call, port, {'process': 0, 'processes': 3}, {'process': 2, 'processes': 3})
     knock(b'GET / HTTP/1.0\r\n\r\n')
+    silent = [socket.create_connection(('localhost', port)) for _ in range(4)]
     knock(json.dumps({**hello, 'processes': 3}).encode() + b'\n')
     last = pool.submit(call, port, {'process': 1, 'processes': 3, 'late': 0.5})
     assert [hosts for hosts, _ in first.result() + last.result()] == [
       ['host0', 'host1', 'host2']
     ] * 3
+  for caller in silent:
+    caller.close()
 
 
 def test_a_port_that_is_taken_is_a_sentence():

@@ -119,6 +119,17 @@ def test_micro_batches_are_free_where_they_draw_no_noise(tiny, tmp_path, dropout
     assert workdir_lib.check(epath.Path(tmp_path), {**c, 'micro_batches': 2}) is None
 
 
+def test_floating_point_work_does_not_depend_on_who_does_it(parts):
+  """Kernels say nothing of theirs, and a program on shards shows one device's."""
+  made, kernel = parts('clm'), parts('clm', **{'model.attention': 'splash'})
+  c = made.config
+  tokens, (dim, depth, v) = c['batch'] * c['length'], (16, 2, 261)
+  products = depth * (4 * dim**2 + 8 * dim**2) + dim * v
+  by_hand = 6 * tokens * products + 12 * depth * dim * c['length'] * tokens
+  with jax.set_mesh(sharding.make_mesh()), sharding.logical_axes('fsdp'):
+    assert made.step_flops == kernel.step_flops == by_hand
+
+
 def test_evaluate_says_what_the_run_said(finished):
   workdir, _, result = finished
   values = evaluate.run(str(workdir))

@@ -70,11 +70,9 @@ def copies(table: jax.Array, names: tuple[str, ...], of: Rows) -> tuple[jax.Arra
 
 def on_rows(function: Callable, of: Rows, in_specs: tuple, out_specs: Any) -> Callable:
   """The function, run on each device's rows; other mesh axes remain the compiler's."""
-  mesh, taken = jax.sharding.get_abstract_mesh(), set(sum(of, ()))
+  taken = set(sum(of, ()))
   if not taken:
     return function
-  if _size(mesh.axis_names) == _size(taken):
-    taken = set(mesh.axis_names)
   rules = [
     (name, tuple(axis for axis in axes if axis not in taken))
     for name, axes in nn.get_logical_axis_rules()

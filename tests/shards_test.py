@@ -1,0 +1,71 @@
+"""Parameters are gathered where they are used, and what travels between devices is no more."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax import sharding, train
+from lmjax.models import heads, layers
+
+SIZES = dict.fromkeys(sharding.MESH_AXES, 1)
+
+
+def travels(parts, strategy, sizes, **overrides) -> list[str]:
+  """The collective operations of a compiled train step."""
+  keys = {f'sharding.{axis}': size for axis, size in {**SIZES, **sizes}.items()}
+  made = parts('clm', **{'sharding.strategy': strategy, 'model.depth': 1, **keys, **overrides})
+  mesh = sharding.make_mesh(made.config['sharding'])
+  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    like, transform, _ = train.init_state(made, mesh)
+    text = train.lower(made, mesh, like, transform).compile().as_text()
+  assert 'head.loss' in text
+  return [line for line in text.splitlines() if re.search(r' (all|reduce|coll)-\S+\(', line)]
+
+
+@pytest.mark.parametrize('strategy', ['replicate', 'fsdp', 'sequence'])
+def test_the_table_travels_once_and_not_in_the_loop_of_the_loss(parts, monkeypatch, strategy):
+  """It is gathered for the tokens and the loss together, and so is its gradient summed."""
+  monkeypatch.setattr(heads, 'CHUNK', 1 << 12)
+  sizes = {'data': 2, 'sequence': 4} if strategy == 'sequence' else {'data': 8}
+  lines = travels(parts, strategy, sizes)
+  assert not [line for line in lines if 'head.loss/shard_map/while' in line]
+  sharded = strategy != 'replicate'
+  gathers = [x for x in lines if re.search(r'= f32\[261,\d+\]\S* all-gather\(', x)]
+  sums = [x for x in lines if re.search(r'= .*f32\[261,.* (all-reduce|reduce-scatter)\(', x)]
+  axes = 2 if strategy == 'sequence' else 1
+  assert (len(gathers), len(sums)) == (axes * sharded, axes)
+
+
+def test_gradients_of_kernels_are_scattered(parts):
+  """One reduce-scatter each: four of attention, two of the feed-forward, the table's."""
+  lines = travels(parts, 'fsdp', {'data': 8})
+  scattered = [x for x in lines if ' reduce-scatter(' in x]
+  assert len(scattered) == 7
+  whole = [x for x in lines if re.search(r'= f32\[(16|64),(8|16|64)\S* all-reduce\(', x)]
+  assert not whole
+
+
+def test_a_frequent_token_gets_its_whole_gradient():
+  """In bfloat16, 1,000 times 1 would come to 256."""
+  table = jnp.zeros((4, 2), jnp.bfloat16)
+  ids = jnp.zeros((10, 100), jnp.int32)
+  _, back = jax.vjp(lambda table: layers._rows(table, ids), table)
+  (gradient,) = back(jnp.ones((10, 100, 2), jnp.bfloat16))
+  assert gradient.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(gradient[0], [1000, 1000])
+
+
+def test_rows_that_do_not_divide_are_left_to_the_compiler(parts):
+  """As one row of a text that is generated is."""
+  made = parts('clm')
+  mesh = sharding.make_mesh()
+  batch = {key: np.ones((3, *x.shape[1:]), x.dtype) for key, x in made.abstract_batch().items()}
+  apply = lambda params, batch: made.model.apply({'params': params}, batch, train=False)[0]['clm']
+  params = train.init_state(made, mesh)[2]().params
+  expected = jax.jit(apply)(params, batch)
+  with jax.set_mesh(mesh), sharding.logical_axes('fsdp'):
+    got = jax.jit(apply)(params, batch)
+  np.testing.assert_allclose(got.total, expected.total, rtol=1e-6)
