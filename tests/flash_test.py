@@ -16,7 +16,7 @@ from lmjax import sharding
 from lmjax.config import UserError
 from lmjax.data import loader
 from lmjax.models import attention as attention_lib
-from lmjax.models import flash, products
+from lmjax.models import flash, products, shards
 from lmjax.models.attention import Mask, attention, reference
 from tests.conftest import tpus
 
@@ -161,7 +161,7 @@ def test_splash_compiles_for_a_tpu(strategy, mask):
     run = lambda q, k, v: attention(q, k, v, m).astype(jnp.float32).sum()
     q, k = (
       jax.ShapeDtypeStruct(
-        (B, L, n, 64), jnp.bfloat16, sharding=NamedSharding(mesh, flash._spec(*names))
+        (B, L, n, 64), jnp.bfloat16, sharding=NamedSharding(mesh, shards.spec(*names))
       )
       for n, names in ((N, flash.QUERY), (G, flash.KEY))
     )
