@@ -114,15 +114,19 @@ class Experiment:
 
   def boxed_shapes(self) -> Any:
     """What init_params makes, in shapes only."""
-    # The key is made inside: the mesh may be of devices that are not here.
+    # The key is made inside: the mesh may be of devices that are not here.  And shapes have nothing
+    # to do with it: what does not divide is still to be found.
     init = lambda batch: self.init_params(jax.random.key(0), batch)
-    return jax.eval_shape(init, self.abstract_batch())
+    with nn.logical_axis_rules(()):
+      return jax.eval_shape(init, self.abstract_batch())
 
   def abstract_params(self, mesh: Mesh) -> Any:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
     boxed = self.boxed_shapes()
     shardings = sharding.param_shardings(boxed, mesh, self.config['sharding']['strategy'])
-    return sharding.placed(nn.unbox(boxed), shardings)
+    is_box = lambda x: isinstance(x, nn.Partitioned)
+    shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
+    return sharding.placed(shapes, shardings)
 
   @functools.cached_property
   def step_flops(self) -> int:

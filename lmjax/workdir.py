@@ -46,9 +46,9 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   processes.share('written')
   seen = processes.collect(probe.exists())
   if seen:
-    probe.unlink()
+    probe.unlink(missing_ok=True)
   if not processes.share(seen and all(seen)):
-    raise UserError(f'{path} is not one directory for all processes: all hosts need one workdir')
+    raise UserError(f'{path} is not the same for all: all hosts need one workdir together')
   return None
 
 
