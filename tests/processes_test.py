@@ -1,6 +1,7 @@
 """Several processes are one run: its numbers, its files, and what is said where one is missing."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -269,18 +270,17 @@ def test_a_stranger_and_a_process_that_was_started_again_do_no_harm():
       except ConnectionRefusedError:
         time.sleep(0.01)
 
-  hello = {'process': 1, 'processes': 2, 'host': 'before', 'about': {}}
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    first = pool.submit(call, port, {'process': 0, 'processes': 3}, {'process': 2, 'processes': 3})
+  before = {'process': 1, 'processes': 3, 'host': 'before', 'about': {}}
+  with contextlib.ExitStack() as stack:
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+    first = pool.submit(call, port, {'process': 0, 'processes': 3})
     knock(b'GET / HTTP/1.0\r\n\r\n')
-    silent = [socket.create_connection(('localhost', port)) for _ in range(4)]
-    knock(json.dumps({**hello, 'processes': 3}).encode() + b'\n')
-    last = pool.submit(call, port, {'process': 1, 'processes': 3, 'late': 0.5})
-    assert [hosts for hosts, _ in first.result() + last.result()] == [
-      ['host0', 'host1', 'host2']
-    ] * 3
-  for caller in silent:
-    caller.close()
+    for _ in range(4):
+      stack.enter_context(socket.create_connection(('localhost', port)))  # and says nothing
+    knock(json.dumps(before).encode() + b'\n')
+    # The others come when it has hung up: together with it they would be all.
+    others = call(port, *({'process': i, 'processes': 3} for i in (1, 2)))
+    assert [hosts for hosts, _ in first.result() + others] == [['host0', 'host1', 'host2']] * 3
 
 
 def test_a_port_that_is_taken_is_a_sentence():
