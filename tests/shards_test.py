@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lmjax import sharding, train
 from lmjax.models import heads, layers
@@ -22,7 +23,8 @@ def travels(parts, strategy, sizes, **overrides) -> list[str]:
     like, transform, _ = train.init_state(made, mesh)
     text = train.lower(made, mesh, like, transform).compile().as_text()
   assert 'head.loss' in text
-  return [line for line in text.splitlines() if re.search(r' (all|reduce|coll)-\S+\(', line)]
+  sends = lambda line: re.search(r' (all|reduce|coll)-\S+\(', line) and '={{0},' not in line
+  return [line for line in text.splitlines() if sends(line)]
 
 
 @pytest.mark.parametrize('strategy', ['replicate', 'fsdp', 'sequence'])
@@ -69,3 +71,16 @@ def test_rows_that_do_not_divide_are_left_to_the_compiler(parts):
   with jax.set_mesh(mesh), sharding.logical_axes('fsdp'):
     got = jax.jit(apply)(params, batch)
   np.testing.assert_allclose(got.total, expected.total, rtol=1e-6)
+
+
+def test_nothing_is_left_to_the_compiler_where_it_has_nothing_to_decide(parts):
+  """An axis of one device that is left to it makes its programs worse (see shards.on_rows)."""
+  made = parts('clm', **{'sharding.strategy': 'fsdp'})
+  apply = lambda params, batch: made.model.apply({'params': params}, batch, train=False)
+  params = nn.unbox(made.boxed_shapes())
+  with jax.set_mesh(sharding.make_mesh(SIZES | {'data': 8})), sharding.logical_axes('fsdp'):
+    text = jax.jit(apply).lower(params, made.abstract_batch()).as_text()
+  manual = {
+    frozenset(re.findall(r'"(\w+)"', axes)) for axes in re.findall('manual_axes={(.*?)}', text)
+  }
+  assert manual == {frozenset(sharding.MESH_AXES)}

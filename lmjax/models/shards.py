@@ -70,9 +70,12 @@ def copies(table: jax.Array, names: tuple[str, ...], of: Rows) -> tuple[jax.Arra
 
 def on_rows(function: Callable, of: Rows, in_specs: tuple, out_specs: Any) -> Callable:
   """The function, run on each device's rows; other mesh axes remain the compiler's."""
-  taken = set(sum(of, ()))
+  mesh, taken = jax.sharding.get_abstract_mesh(), set(sum(of, ()))
   if not taken:
     return function
+  # Axes of one device are nobody's.  Left to the compiler they cost it half again of the memory
+  # traffic of a step: 136.8 instead of 92.2 GiB (GPT-2 small on v5e:4x4).
+  taken |= {axis for axis in mesh.axis_names if mesh.shape[axis] == 1}
   rules = [
     (name, tuple(axis for axis in axes if axis not in taken))
     for name, axes in nn.get_logical_axis_rules()
