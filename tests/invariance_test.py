@@ -16,6 +16,7 @@ VARIANTS = {
   'eight micro-batches': (1, {'micro_batches': 8}),
   'unrolled': (1, {'model.scan': False}),
   'remat full': (2, {'model.remat': 'full'}),
+  'remat attended': (2, {'model.remat': 'attended'}),
   'remat dots, unrolled': (1, {'model.remat': 'dots', 'model.scan': False}),
 }
 OBJECTIVES = {

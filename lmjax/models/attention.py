@@ -9,7 +9,9 @@ from collections.abc import Callable
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.models import flash, layers, products
 
@@ -56,6 +58,12 @@ class Mask:
       allowed_BLS &= (query_BLS == key_BLS) & (key_BLS > 0)
     return allowed_BLS
 
+  def pairs(self, length: int) -> int:
+    """How many pairs of a query and a key are seen, as far as `causal` and `window` say."""
+    reach = min(self.window or length, length)
+    before = np.minimum(np.arange(length), reach - 1)  # of each query; as many after it
+    return int(length + before.sum() * (1 if self.causal else 2))
+
   def segments(self, length: int) -> jax.Array | None:
     """segments_BL with all padding 0; None where there are neither documents nor padding."""
     if self.lengths_B is None:
@@ -99,7 +107,8 @@ def attention(
     _say(f'attention: {chosen} ({why})')
   if chosen == 'reference':
     allowed_BLS = mask.array(length, k_BSGH.shape[1], 0 if offset is None else offset)
-    return reference(q_BLNH, k_BSGH, v_BSGH, allowed_BLS, bias_BNLS, dropout)
+    y_BLNH = reference(q_BLNH, k_BSGH, v_BSGH, allowed_BLS, bias_BNLS, dropout)
+    return checkpoint_name(y_BLNH, 'attended')
   y_BLNH = flash.KERNELS[chosen].call(q_BLNH, k_BSGH, v_BSGH, mask)
   segments_BL = mask.segments(length)
   if segments_BL is None:
@@ -171,7 +180,8 @@ class Attention(nn.Module):
 
     def project(name, heads):
       axes = ('embed', 'heads', 'kv')
-      return layers.Linear((self.dim,), (heads, head_dim), axes, **shared, name=name)(x_BLD)
+      project = layers.Linear((self.dim,), (heads, head_dim), axes, **shared, name=name)
+      return checkpoint_name(project(x_BLD), 'qkv')
 
     q_BLNH = project('query', self.heads)
     k_BLGH = project('key', self.kv_heads)

@@ -102,11 +102,15 @@ def splash(
     seen.q_sequence = _dealt(length, ways)
   # As large as divides: 512 keeps the kernel's matrix products busy and its blocks in memory.
   block = next(n for n in (512, 256, 128) if length // ways % n == 0)
+  # The last dimension in memory is filled up to 128.
+  layout = kernels.QKVLayout['SEQ_MINOR' if head_dim % 128 else 'HEAD_DIM_MINOR']
+  layouts = dict.fromkeys(('q_layout', 'k_layout', 'v_layout'), layout)
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([seen] * heads),
-    block_sizes=kernels.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
+    block_sizes=kernels.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True, **layouts),
     head_shards=shards.ways('heads'),
     q_seq_shards=parts,
+    residual_checkpoint_name='attended',
     interpret=interpret,
   )
 
@@ -121,13 +125,8 @@ def splash(
   segments = ()
   if segments_BL is not None:
     segments = (segments_BL[:, seen.q_sequence] if deal else segments_BL, segments_BL)
-  specs = (
-    shards.spec(*QUERY),
-    shards.spec(*KEY),
-    shards.spec(*KEY),
-    shards.spec('batch', 'length'),
-    shards.spec('batch', None),
-  )
+  names = (QUERY, KEY, KEY, ('batch', 'length'), ('batch', None))
+  specs = tuple(shards.spec(*axes) for axes in names)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1:
     place = NamedSharding(mesh, shards.spec('heads', 'length' if parts > 1 else None))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lmjax.models import products, shards
@@ -192,9 +193,10 @@ class FeedForward(nn.Module):
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     shared = dict(initializers=self.initializers, bias=self.bias, dtype=self.dtype)
     wide = dict(inputs=(self.dim,), outputs=(self.ffn_dim,), axes=('embed', 'mlp'), **shared)
-    h_BLF = ACTIVATIONS[self.kind](Linear(**wide, name='up')(x_BLD))
+    widen = lambda name: checkpoint_name(Linear(**wide, name=name)(x_BLD), 'hidden')
+    h_BLF = ACTIVATIONS[self.kind](widen('up'))
     if self.kind in GATED:
-      h_BLF *= Linear(**wide, name='gate')(x_BLD)
+      h_BLF *= widen('gate')
     h_BLF = nn.with_logical_constraint(h_BLF, ('batch', 'length', 'mlp'))
     down = Linear(
       (self.ffn_dim,), (self.dim,), ('mlp', 'embed'), role='residual', **shared, name='down'

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 Rows = tuple[tuple[str, ...], ...]  # the mesh axes of the batch, and of the length
@@ -37,6 +38,12 @@ def _axes(part: Any) -> tuple[str, ...]:
   return tuple(axis for axis in part if mesh.shape.get(axis, 1) > 1)
 
 
+def sharded() -> bool:
+  """Whether devices with rows of their own have to gather parameters."""
+  of = tuple(_axes(spec(name)[0]) for name in ('batch', 'length'))
+  return any(places(('embed', 'kv', 'mlp', 'vocab'), of))
+
+
 def rows(shape: tuple[int, ...]) -> Rows:
   """Where the rows of [B, L, ..] lie, in so far as each device has as many."""
   named = zip(('batch', 'length'), shape, strict=False)
@@ -55,7 +62,7 @@ def whole(part: jax.Array, where: PartitionSpec) -> jax.Array:
   for dim, axes in enumerate(where):
     for axis in reversed(_axes(axes)):
       part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
-  return part
+  return checkpoint_name(part, 'gathered')
 
 
 def copies(table: jax.Array, names: tuple[str, ...], of: Rows) -> tuple[jax.Array, PartitionSpec]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax.config import UserError, did_you_mean
-from lmjax.models import flash, layers
+from lmjax.models import flash, layers, shards
 from lmjax.models.attention import Attention, Mask
 from lmjax.models.positions import POSITIONS, NoPositions
 
@@ -29,10 +29,15 @@ SIZES = {
 
 BETWEEN = ('batch', 'residual_length', 'embed')  # the residual stream between two parts
 NORM_POSITIONS = ('pre', 'post', 'both')
-REMAT = {  # name -> what a block keeps for its backward pass
-  'full': jax.checkpoint_policies.nothing_saveable,
+REMAT = {  # name -> what a block keeps for its backward pass, the most first
+  'none': jax.checkpoint_policies.save_anything_except_these_names('gathered'),
   'dots': jax.checkpoint_policies.dots_saveable,
   'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # All but norms, activations and the product with the weights of attention's output; and, the
+  # second, but attention: its result fills twice its bytes on a TPU where heads have 64 dims.
+  'attended': jax.checkpoint_policies.save_only_these_names('qkv', 'attended', 'hidden'),
+  'projections': jax.checkpoint_policies.save_only_these_names('qkv', 'hidden'),
+  'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -104,7 +109,7 @@ class Transformer(nn.Module):
   scan: bool = (
     True  # one compiled block for all layers; False unrolls: faster on CPU, slower to compile
   )
-  remat: str = 'none'  # what to recompute in the backward pass: none, full, dots, dots_no_batch
+  remat: str = 'none'  # how little to keep for the backward pass: a key of REMAT
 
   def __post_init__(self):
     chosen = {
@@ -115,7 +120,7 @@ class Transformer(nn.Module):
       'norm_position': NORM_POSITIONS,
       'initializer': layers.INITS,
       'dtype': ('float32', 'bfloat16', 'float16'),
-      'remat': ('none', *REMAT),
+      'remat': REMAT,
     }
     for key, known in chosen.items():
       name = getattr(self, key)
@@ -143,6 +148,14 @@ class Transformer(nn.Module):
         raise UserError(f'model.attention = "{self.attention}" cannot be: {why}')
     super().__post_init__()
 
+  def attention_flops(self, rows: int, length: int, causal: bool) -> tuple[int, int]:
+    """Of both products, forward: (of all pairs of places, of those that the mask lets see).
+
+    Where documents or padding end is not known ahead of them.
+    """
+    each = 4 * rows * self.dim * self.depth
+    return each * length**2, each * Mask(causal, window=self.window).pairs(length)
+
   def setup(self):
     initializers = layers.Initializers(self.initializer, self.depth)
     positions = POSITIONS[self.positions]
@@ -156,7 +169,7 @@ class Transformer(nn.Module):
   def _stack(self, initializers: layers.Initializers) -> nn.Module:
     """`depth` blocks whose parameters are stacked along the axis `layers`, scanned or unrolled."""
     block = Block
-    if self.remat != 'none':
+    if self.remat != 'none' or shards.sharded():
       policy = REMAT[self.remat]
       block = nn.remat(Block, policy=policy, prevent_cse=not self.scan, static_argnums=(5, 6))
     dtype = jnp.dtype(self.dtype)
