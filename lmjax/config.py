@@ -6,6 +6,7 @@ defaults from its source text without importing it, so that loading an experimen
 sweep imports no JAX and touches no device.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib.util
@@ -16,7 +17,8 @@ import os
 import pathlib
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -25,6 +27,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from lmjax import schema
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
+Overrides = dict[str, Any]  # dotted key -> value
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
 LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
@@ -144,9 +147,35 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None
     raise UserError(f'"{rest[1]}" is not a flag; flags begin with "--"')
 
 
+def arms(spec: str) -> list[Overrides]:
+  """The overrides of every arm of the file's sweep(); a UserError where it has none."""
+  with _opened(spec) as module:
+    if not hasattr(module, 'sweep'):
+      raise UserError(f'{spec} has no sweep()')
+    return module.sweep()
+
+
+def meant_for(spec: str) -> dict[str, Overrides]:
+  """The file's TOPOLOGIES: where the experiment is meant to run -> what it needs there."""
+  with _opened(spec) as module:
+    return getattr(module, 'TOPOLOGIES', {})
+
+
 def _experiment(spec: str) -> ConfigDict:
-  """Runs the file's get_config(), so that its mistakes are named by file and line."""
   file, _, argument = spec.partition(':')
+  with _opened(spec) as module:
+    if argument and not inspect.signature(module.get_config).parameters:
+      raise UserError(f'{file} takes no argument, and "{argument}" was given')
+    config = module.get_config(*([argument] if argument else []))
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'get_config() of {file} returns {type(config).__name__}, not a ConfigDict')
+  return config
+
+
+@contextlib.contextmanager
+def _opened(spec: str) -> Iterator[types.ModuleType]:
+  """The module of an experiment, whose mistakes are named by file and line."""
+  file = spec.partition(':')[0]
   if not pathlib.Path(file).is_file():
     raise UserError(f'there is no config file "{file}"')
   try:
@@ -154,9 +183,7 @@ def _experiment(spec: str) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location('experiment', file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if argument and not inspect.signature(module.get_config).parameters:
-      raise UserError(f'{file} takes no argument, and "{argument}" was given')
-    config = module.get_config(*([argument] if argument else []))
+    yield module
   except UserError:
     raise
   except Exception as e:
@@ -167,9 +194,6 @@ def _experiment(spec: str) -> ConfigDict:
     if wrong := re.match('Key "(.+?)" does not exist', what):  # ml_collections shows all there is
       what = wrong[0] + did_you_mean(wrong[1], _every_key())
     raise UserError(f'{file}, line {line}: {type(e).__name__}: {what}') from e
-  if not isinstance(config, ConfigDict):
-    raise UserError(f'get_config() of {file} returns {type(config).__name__}, not a ConfigDict')
-  return config
 
 
 def _every_key() -> set[str]:
@@ -248,8 +272,6 @@ def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
 
 
 # ----------------------------------------------------------- sweeps: lists of flat override dicts
-
-Overrides = dict[str, Any]
 
 
 def product(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +18,25 @@ from lmjax.data import loader
 from lmjax.experiment import Experiment, keep_programs, open_run, run_path
 
 
+def make_step(parts: Experiment) -> Callable:
+  """(parameters, batch) -> (loss terms, metrics), compiled when it is first called."""
+  apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
+  return jax.jit(apply)
+
+
+def lower(parts: Experiment, mesh: Mesh, params: Any) -> jax.stages.Lowered:
+  """The step for such parameters, ready to be compiled."""
+  batch, strategy = parts.abstract_batch(), parts.config['sharding']['strategy']
+  places = sharding.batch_shardings(batch, mesh, strategy)
+  return make_step(parts).lower(params, sharding.placed(batch, places))
+
+
 class Evaluator:
   """The objective's numbers on every evaluation set, with train=False."""
 
   def __init__(self, parts: Experiment, mesh: Mesh):
     self.parts, self.mesh = parts, mesh
-    apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
-    self._step = jax.jit(apply)
+    self._step = make_step(parts)
 
   def __call__(self, params: Any) -> dict[str, float]:
     """'eval/<set>/<name>' -> value: loss, its terms, the metrics, perplexity, bits per byte."""
@@ -71,8 +84,9 @@ def check_best(parts: Experiment) -> None:
       f'checkpoint.keep_best needs checkpoint.every = {c["checkpoint"]["every"]} to be a multiple '
       f'of evaluate.every = {c["evaluate"]["every"]}, so that every checkpoint is evaluated'
     )
-  apply = lambda params, batch: parts.model.apply({'params': params}, batch, train=False)
-  terms, numbers = jax.eval_shape(apply, nn.unbox(parts.boxed_shapes()), parts.abstract_batch())
+  terms, numbers = jax.eval_shape(
+    make_step(parts), nn.unbox(parts.boxed_shapes()), parts.abstract_batch()
+  )
   names = ['loss', *terms, *numbers, *(['perplexity'] if 'xent' in numbers else [])]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
   known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]

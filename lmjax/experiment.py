@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,19 @@ from lmjax.config import UserError, base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
 from lmjax.optimizer import Optimizer
+
+
+class Flops(NamedTuple):
+  """Of the matrix products of a training step on the global batch, without recomputation."""
+
+  dense: int  # of all but the attention weights' products, forward and backward
+  seen: int  # of those, forward, for the pairs of places that the mask lets see each other
+  every: int  # .. and for all pairs, which attention without a kernel computes
+
+  @property
+  def model(self) -> int:
+    """What the mathematics asks for."""
+    return self.dense + 3 * self.seen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,16 +142,18 @@ class Experiment:
     return sharding.placed(shapes, shardings)
 
   @functools.cached_property
-  def step_flops(self) -> int:
-    """Of the matrix products of a training step, without what is computed again."""
+  def flops(self) -> Flops:
+    """Counted on the traced forward pass, so it is exact for any core; and what a mask hides."""
     # Kernels do not say what they compute, and a program on shards is only one device's.
     model = self.objective.model(self.core.clone(attention='reference'), self.vocab_size)
     init = lambda batch: model.init({'params': jax.random.key(0)}, batch, train=False)
     apply = lambda variables, batch: model.apply(variables, batch, train=False)
-    batch = self.abstract_batch()
+    batch, c = self.abstract_batch(), self.config
     with nn.logical_axis_rules(()):
       variables = nn.unbox(jax.eval_shape(init, batch))
-      return 3 * metrics.matmul_flops(apply, variables, batch)  # backward is twice forward
+      forward = metrics.matmul_flops(apply, variables, batch)
+    every, seen = self.core.attention_flops(c['batch'], c['length'], self.objective.causal)
+    return Flops(3 * (forward - every), seen, every)  # backward is twice forward
 
 
 def prepare(config: Mapping[str, Any]) -> Experiment:

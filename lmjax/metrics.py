@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend
-import numpy as np
 import tqdm
 from etils import epath
 
@@ -36,18 +35,6 @@ class Mean(NamedTuple):
 
 # -------------------------------------------------------------------------- floating-point work
 
-# Dense bfloat16 peaks of one device in FLOP/s, from the makers' data sheets.
-PEAK = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU7x': 1154e12,  # one of the two dies of a chip
-  'NVIDIA A100': 312e12,
-  'NVIDIA H100': 989e12,
-  'NVIDIA H200': 989e12,
-}
-
 
 def matmul_flops(function: Callable, *args: Any) -> int:
   """Multiply-adds x 2 of every matrix product in `function(*args)`, with trip counts of scans.
@@ -69,29 +56,6 @@ def _count(jaxpr: Any) -> int:
     for sub in jax.extend.core.jaxprs_in_params(eqn.params):
       total += times * _count(sub)
   return total
-
-
-def peak_flops() -> float:
-  """FLOP/s of one device: from the table, or, on a CPU, as measured with a float32 product now.
-
-  nan for an accelerator that the table does not know.
-  """
-  device = jax.devices()[0]
-  for name, peak in PEAK.items():
-    if device.device_kind.startswith(name):
-      return peak
-  if device.platform != 'cpu':
-    return math.nan
-  n = 1024
-  x = jax.device_put(np.ones((n, n), np.float32))
-  product = jax.jit(lambda a: a @ a)  # on all devices of the mesh at once, which share the cores
-  product(x).block_until_ready()
-  seconds = []
-  for _ in range(5):
-    start = time.perf_counter()
-    product(x).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2 * n**3 / min(seconds)
 
 
 # --------------------------------------------------------------------------------------- writing

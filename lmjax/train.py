@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, metrics, optimizer, processes, record, sharding
+from lmjax import experiment, generate, hardware, metrics, optimizer, processes, record, sharding
 from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
@@ -190,8 +190,8 @@ def _train(
     processes.wait()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
     cost = {
       'tokens': c['batch'] * c['length'],
-      'flops': parts.step_flops,
-      'peak': metrics.peak_flops() * mesh.size,  # nan where nobody knows it
+      'flops': parts.flops.model,
+      'peak': hardware.peak_flops() * mesh.size,  # nan where nobody knows it
     }
     log = metrics.Log(path, start, steps, c['log'], cost, saved)
     stack.enter_context(log)

@@ -1,0 +1,98 @@
+"""What lies in a device's memory when a program needs most of it, besides its arguments.
+
+XLA's own assignment of buffers does not come with a program for a TPU.  This one follows the order
+of the instructions, in which a buffer lives from the one that makes it to the last that reads it.
+"""
+
+import collections
+import dataclasses
+
+from lmjax.hlo.text import Array, Computation, Computations, Instruction, parse
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Buffer:
+  array: Array
+  where: str  # like 'jit(step)/core/blocks/ffn/up/dot_general'
+
+  @property
+  def bytes(self) -> float:
+    return self.array.padded
+
+
+_Value = list[Buffer | None]  # of each result; None where it is an argument's or not in memory
+
+
+def at_peak(text: str) -> list[Buffer]:
+  """The temporaries that are alive when they are largest together, the largest first."""
+  computations, entry = parse(text)
+  return sorted(_peak(entry, computations), key=lambda buffer: -buffer.bytes)
+
+
+def _peak(name: str, others: Computations) -> list[Buffer]:
+  computation = others[name]
+  values: dict[str, _Value] = {}
+  for inst in computation.values():
+    values[inst.name] = _value(inst, values, computation, others)
+  # What it returns lies where its caller wants it: in the arguments, or in what a loop carries.
+  returned = set(values[next(reversed(computation))])
+  dies = {b: inst for inst in computation.values() for n in inst.operands for b in values[n]}
+  alive: set[Buffer] = set()
+  peak: list[Buffer] = []
+  ends = collections.defaultdict(list)
+  for buffer, inst in dies.items():
+    ends[inst.name].append(buffer)
+  for inst in computation.values():
+    alive |= {b for b in values[inst.name] if b in dies and b not in returned and b is not None}
+    inside = [b for called in _runs(inst) for b in _peak(called, others)]
+    if sum(b.bytes for b in alive) + sum(b.bytes for b in inside) > sum(b.bytes for b in peak):
+      peak = [*alive, *inside]
+    alive.difference_update(ends[inst.name])
+  return peak
+
+
+def _runs(inst: Instruction) -> list[str]:
+  return inst.called if inst.op in ('while', 'call', 'conditional', 'async-start') else []
+
+
+def _value(
+  inst: Instruction, values: dict[str, _Value], around: Computation, others: Computations
+) -> _Value:
+  operands = [values[name] for name in inst.operands]
+  if inst.op in ('parameter', 'constant', 'partition-id', 'replica-id'):
+    return [None] * len(inst.results)
+  if inst.op == 'tuple':
+    return [buffer for value in operands for buffer in value]
+  if inst.op in ('while', 'bitcast', 'optimization-barrier'):
+    return operands[0]
+  if inst.op == 'get-tuple-element':
+    return [operands[0][int(inst.find(r'index=(\d+)'))]]
+  if inst.op.endswith('-done'):
+    parts = [*reversed(operands[0])] if operands[0] else [None]
+    return [next((b for b in parts if b and b.array.dims == inst.results[0].dims), None)]
+  made: _Value = []
+  for i, array in enumerate(inst.results):
+    if inst.op.endswith('-start') and i == (inst.op == 'copy-start'):
+      made.append(operands[0][0])  # what is read, until all of it has been
+      continue
+    place = _in_place(inst, i, around, others)
+    buffer = Buffer(array, inst.find(r'op_name="([^"]*)"')) if array.space == 0 else None
+    made.append(values[place][0] if place else buffer)
+  return made
+
+
+def _in_place(inst: Instruction, i: int, around: Computation, others: Computations) -> str | None:
+  """The operand that the i-th result overwrites in part."""
+  root = inst
+  if inst.op == 'fusion':
+    inside = others[inst.called[0]]
+    root = inside[next(reversed(inside))]
+    if root.op == 'tuple':
+      root = inside[root.operands[i]]
+    while root.op == 'bitcast':
+      root = inside[root.operands[0]]
+  if root.op not in ('dynamic-update-slice', 'scatter'):
+    return None
+  array = inst.results[i]
+  same = lambda name: around[name].results[0] == array
+  return next(filter(same, inst.operands), None)

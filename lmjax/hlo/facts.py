@@ -1,0 +1,82 @@
+"""What there is to know of a program that is compiled: read once, and kept in the cache."""
+
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from lmjax import hardware
+from lmjax.hlo import buffers
+from lmjax.hlo.costs import Program
+
+Facts = dict[str, Any]
+
+
+def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
+  """Of one device: bytes, FLOPs, runs of kernels, and the temporaries when they are largest.
+
+  Where the program has no room there ('fits'), only how much it would need is known.
+  """
+  # A learning rate does not change what a program costs, so that most arms of a sweep are one.
+  text = re.sub(r'dense<[-+.\deE]+> : tensor<f32>', 'dense<0.> : tensor<f32>', lowered.as_text())
+  ours = [path.read_text() for path in sorted(pathlib.Path(__file__).parent.glob('*.py'))]
+  key = [jax.__version__, hardware.compiler(topology), topology, text, *ours]
+  digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+  path = epath.Path(cache).expanduser() / 'plans' / f'{digest}.json'
+  if path.exists():
+    return json.loads(path.read_text())
+  print(f'compiling for {topology} …', file=sys.stderr, flush=True)
+  began = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    facts = {'fits': False, 'temporaries': _asked_for(str(e))}
+  else:
+    facts = {'fits': True, **_read(compiled)}
+  facts['compile_seconds'] = time.perf_counter() - began
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_suffix('.tmp')
+  scratch.write_text(json.dumps(facts))
+  scratch.rename(path)
+  return facts
+
+
+def _asked_for(error: str) -> float:
+  """Bytes of temporaries that there was no room for."""
+  found = re.search(r'\(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of', error)
+  number, unit = [part for part in found.groups() if part]
+  return float(number) * 1024 ** ('KMG'.index(unit) + 1)
+
+
+def _read(compiled: jax.stages.Compiled) -> Facts:
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  program = Program(text)
+  backward = [cost for cost in program.kernels if _is_backward(cost.where)]
+  sent: dict[tuple, float] = {}
+  for cost in program.collectives:
+    sent[cost.kind, cost.group] = sent.get((cost.kind, cost.group), 0) + cost.total
+  return {
+    'arguments': memory.argument_size_in_bytes,
+    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'dot_flops': sum(cost.total for cost in program.products),
+    'moved': sum(cost.total for cost in program.moves),
+    'kernel_runs': sum(cost.times for cost in program.kernels),
+    'kernel_runs_backward': sum(cost.times for cost in backward),
+    'sent': [[kind, group, size] for (kind, group), size in sent.items()],
+    'largest': [
+      [b.bytes, f'{b.array.dtype}{list(b.array.dims)}', b.where] for b in buffers.at_peak(text)[:8]
+    ],
+  }
+
+
+def _is_backward(where: str) -> bool:
+  return 'transpose(' in where and 'rematted_computation' not in where

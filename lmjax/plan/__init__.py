@@ -1,0 +1,177 @@
+"""Plans a run for hardware that is not here: its real programs, compiled ahead of time and read."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lmjax import config, evaluate, experiment, hardware, roofline, sharding, train
+from lmjax.config import Overrides, UserError
+from lmjax.hlo import facts
+
+GIB = hardware.GIB
+# A flash kernel's backward pass: five products, one of them for the second time, where the forward
+# pass has two (Dao, 2022).
+BACKWARD = 2.5
+# What nobody knows of a program that has no room.
+UNKNOWN = ('dot_tflop', 'kernel_tflop', 'recomputation', 'hbm_gib', 'wire_gib', 'wire_gib_by_axis')
+UNKNOWN += ('busy_seconds', 'step_seconds', 'bound_by', 'tokens_per_second', 'mfu')
+UNKNOWN += ('hours', 'price', 'largest')
+Entry = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """An experiment with overrides, to be planned for a topology."""
+
+  spec: str
+  overrides: Overrides
+  topology: str
+  price: float | None = None  # of a chip for an hour
+
+  @property
+  def command(self) -> str:
+    return ' '.join([self.spec, *config.arguments(self.overrides)])
+
+  def but(self, overrides: Overrides) -> 'Job':
+    return dataclasses.replace(self, overrides=self.overrides | overrides)
+
+
+def jobs(
+  specs: list[str], topologies: list[str], overrides: Overrides, sweep: bool, price: float | None
+) -> Iterator[Job]:
+  """Every experiment or arm on every topology, with what the experiment needs there.
+
+  Raises:
+    UserError: an experiment names no topology, and none is given.
+  """
+  for spec in specs:
+    meant = config.meant_for(spec)
+    if not (topologies or meant):
+      raise UserError(f'{spec} names no hardware: say where with --topology')
+    for arm in config.arms(spec) if sweep else [{}]:
+      for topology in topologies or meant:
+        yield Job(spec, meant.get(topology, {}) | arm | overrides, topology, price)
+
+
+def plan(job: Job) -> Entry:
+  """One element of the JSON, an object.  Sizes are GiB and FLOPs are TFLOP of a device and a step.
+
+  `model_tflop` is what the mathematics asks for, without what the mask hides; `dot_tflop` is what
+  the program's products do, and `kernel_tflop` what attention kernels do beside them.  Both over
+  what they would be if no product were computed twice is `recomputation`; the optimizer's own
+  products, as Muon has, are in it too.  `wire_gib` is sent, as
+  by rings.  `step_seconds` is the roofline's (see roofline.py), and the least that can be.
+
+  Raises:
+    UserError: the experiment cannot run on the topology, or its compiler is not here.
+  """
+  parts, mesh = made(job)
+  strategy = parts.config['sharding']['strategy']
+  speech = contextlib.redirect_stdout(sys.stderr)  # such as which kernel it will be
+  with speech, jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    like, transform, _ = train.init_state(parts, mesh)
+    sharding.unsharded(like.params, mesh, strategy, parts.config['sharding']['max_unsharded'])
+    where = job.topology, parts.config['cache']
+    step = facts.of(train.lower(parts, mesh, like, transform), *where)
+    evaluation = facts.of(evaluate.lower(parts, mesh, like.params), *where)
+  state = sum(_bytes_here(x) for x in jax.tree.leaves(like))
+  return _entry(job, parts, mesh, step, evaluation, state)
+
+
+def made(job: Job) -> tuple[experiment.Experiment, Mesh]:
+  """The experiment without its data, and the mesh that it asks for.
+
+  Raises:
+    UserError: it cannot run there.
+  """
+  c = config.resolve(config.load(job.spec, job.overrides))
+  parts = experiment.sketch(c)
+  mesh = sharding.make_mesh(c['sharding'], hardware.devices(job.topology))
+  sharding.check_mesh(mesh, c['sharding']['strategy'])
+  sharding.check_batch(c, mesh)
+  return parts, mesh
+
+
+def _bytes_here(x: jax.ShapeDtypeStruct) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _entry(
+  job: Job,
+  parts: experiment.Experiment,
+  mesh: Mesh,
+  step: facts.Facts,
+  evaluation: facts.Facts,
+  state: float,
+) -> Entry:
+  chip, model = hardware.chip(job.topology), parts.flops.model / mesh.size
+  arguments = step.get('arguments', state)
+  peaks = [
+    kept + f.get('outputs', 0) + f['temporaries']
+    for kept, f in ((arguments, step), (state, evaluation))
+  ]
+  memory = {'arguments': arguments, 'temporaries': step['temporaries'], 'peak': peaks[0]}
+  memory |= {'evaluation': peaks[1], 'capacity': chip.memory}
+  entry = {
+    'config': job.command,
+    'topology': job.topology,
+    'fits': step['fits'] and evaluation['fits'] and max(peaks) <= chip.memory,
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(parts.boxed_shapes())),
+    'memory_gib': {key: size / GIB for key, size in memory.items()},
+    'model_tflop': model / 1e12,
+    **dict.fromkeys(UNKNOWN),
+    'compile_seconds': step['compile_seconds'] + evaluation['compile_seconds'],
+  }
+  return entry | (_work(job, parts, mesh, step) if step['fits'] else {})
+
+
+def _work(job: Job, parts: experiment.Experiment, mesh: Mesh, step: facts.Facts) -> Entry:
+  """UNKNOWN, of a program that has room."""
+  c, n, chip, flops = parts.config, mesh.size, hardware.chip(job.topology), parts.flops
+  runs, back = step['kernel_runs'], step['kernel_runs_backward']
+  once = flops.seen * (1 + BACKWARD) / n if runs else 3 * flops.every / n
+  kernels = flops.seen / n * ((runs - back) / back + BACKWARD) if runs else 0.0
+  sent = [(size, group) for _, group, size in step['sent']]
+  busy = roofline.seconds(step['dot_flops'] + kernels, step['moved'], sent, mesh, chip)
+  seconds = max(busy.values())
+  by_kind, by_axis = collections.Counter(), collections.Counter()
+  for kind, group, size in step['sent']:
+    by_kind[kind] += size / GIB
+    by_axis[roofline.axes(group, mesh)] += size / GIB
+  hours = c['steps'] * seconds / 3600
+  return {
+    'dot_tflop': step['dot_flops'] / 1e12,
+    'kernel_tflop': kernels / 1e12,
+    'recomputation': (step['dot_flops'] + kernels) / (flops.dense / n + once),
+    'hbm_gib': step['moved'] / GIB,
+    'wire_gib': dict(by_kind),
+    'wire_gib_by_axis': dict(by_axis),
+    'busy_seconds': busy,
+    'step_seconds': seconds,
+    'bound_by': max(busy, key=busy.get),
+    'tokens_per_second': c['batch'] * c['length'] / seconds,
+    'mfu': flops.model / n / chip.flops / seconds,
+    'hours': hours,
+    'price': job.price and job.price * hours * n / chip.per_chip,
+    'largest': [
+      {'gib': size / GIB, 'array': array, 'where': where, 'shrinks': _shrinks(where, array, c)}
+      for size, array, where in step['largest']
+    ],
+  }
+
+
+def _shrinks(where: str, array: str, c: Mapping[str, Any]) -> str:
+  """The key of the config that would make a buffer smaller."""
+  square = f'{c["length"]}, {c["length"]}]' in array
+  if square and c['model'].get('attention') == 'reference':
+    return 'model.attention'
+  if c['model'].get('remat', 'full') != 'full' and '/while/' in where and 'head.' not in where:
+    return 'model.remat'
+  return 'micro_batches'

@@ -1,0 +1,124 @@
+"""Whether a run fits, how fast it will be and what it costs, on hardware that is not here:
+
+  python -m lmjax.plan --config experiments/gpt2.py:small --topology v5e:4x4
+
+Of several experiments (--config, more than once), of all arms of a sweep (--sweep), and on several
+topologies, by default those that the experiment names.  Where it does not fit, what would.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+from absl import flags
+
+from lmjax import command, config, hardware
+from lmjax.config import Overrides, UserError
+from lmjax.plan import Entry, jobs, plan
+from lmjax.plan.measure import measure
+from lmjax.plan.search import search
+
+
+def table(entries: list[Entry]) -> str:
+  """For people: a line for each program, then what fills its memory and its wires."""
+  head = ('GiB peak/there', 'TFLOP model', 'done', 'HBM GiB', 'wire GiB', 'ms', 'bound by')
+  head += ('tokens/s', 'MFU', 'hours', 'price')
+  rows = [head, *map(_row, entries)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row, entry in zip(rows, [None, *entries], strict=True):
+    lines += [f'\n{entry["config"]}  on  {entry["topology"]}'] if entry else []
+    lines.append('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    lines += _details(entry) if entry else []
+  return '\n'.join(lines)
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+  memory, known = entry['memory_gib'], entry['step_seconds'] is not None
+  peak = max(memory['peak'], memory['evaluation'])
+  size = f'{peak:.2f}/{memory["capacity"]:.2f}' + ('' if entry['fits'] else ' DOES NOT FIT')
+  if not known:
+    return (size, f'{entry["model_tflop"]:.3g}', *('' for _ in range(9)))
+  done = f'{entry["dot_tflop"] + entry["kernel_tflop"]:.4g} (x{entry["recomputation"]:.3f})'
+  return (
+    size,
+    f'{entry["model_tflop"]:.4g}',
+    done,
+    f'{entry["hbm_gib"]:.1f}',
+    f'{sum(entry["wire_gib"].values()):.3f}',
+    f'{entry["step_seconds"] * 1e3:.3g}',
+    entry['bound_by'],
+    f'{entry["tokens_per_second"]:,.0f}',
+    f'{entry["mfu"]:.1%}',
+    f'{entry["hours"]:.3g}',
+    '' if entry['price'] is None else f'{entry["price"]:,.0f}',
+  )
+
+
+def _details(entry: Entry) -> list[str]:
+  memory = entry['memory_gib']
+  lines = [
+    f'  {entry["parameters"]:,} parameters; arguments {memory["arguments"]:.2f} and temporaries '
+    f'{memory["temporaries"]:.2f} GiB; compiled in {entry["compile_seconds"]:.0f} s'
+  ]
+  if 'overrides' in entry:
+    found = ' '.join(entry['overrides'] or ())
+    lines.append(f'  has room with {found}' if found else '  has room with nothing that was tried')
+  if seen := entry.get('measured'):
+    size = '' if seen['memory_gib'] is None else f', {seen["memory_gib"]:.2f} GiB'
+    lines.append(
+      f'  measured: {seen["step_seconds"] * 1e3:.3g} ms, {seen["tokens_per_second"]:,.0f} '
+      f'tokens/s, MFU {seen["mfu"]:.1%}{size}'
+    )
+  wire = entry['wire_gib_by_axis'] or {}
+  lines += (
+    ['  sent along ' + ', '.join(f'{a}: {x:.3f} GiB' for a, x in wire.items())] if wire else []
+  )
+  for buffer in (entry['largest'] or [])[:4]:
+    where = buffer['where'].split('/', 1)[-1] or 'unnamed'
+    lines.append(f'  {buffer["gib"]:.3f} GiB {buffer["array"]} {where} ({buffer["shrinks"]})')
+  return lines
+
+
+def _split(argv: list[str]) -> tuple[Overrides, list[str]]:
+  """The values of --config.KEY=VALUE as they are written, and the other arguments."""
+  ours = [argument for argument in argv if re.match('--?config[.].*=', argument)]
+  pairs = (argument.lstrip('-').removeprefix('config.').split('=', 1) for argument in ours)
+  return dict(pairs), [x for x in argv if x not in ours]
+
+
+def main(overrides: Overrides) -> None:
+  f = flags.FLAGS
+  if not f.config:
+    raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
+  if f.measure and f.topology:
+    raise UserError('--measure is for the devices that are here, and --topology for others')
+  where = ['here'] if f.measure else f.topology
+  todo = list(jobs(f.config, where, overrides, f.sweep, f.price_per_chip_hour))
+  if not f.measure:
+    hardware.prepare([job.topology for job in todo])
+  entries = []
+  for job in todo:
+    entry = plan(job)
+    entries.append(entry)
+    if f.measure:
+      entry['measured'] = measure(job, entry)
+    elif not entry['fits']:
+      instead = search(job)
+      entry['overrides'] = config.arguments(instead[0]) if instead else None
+      entries += [instead[1]] if instead else []
+  print(table(entries))
+  if f.json:
+    pathlib.Path(f.json).write_text(json.dumps(entries, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_multi_string('config', [], 'The experiment: FILE.py[:ARGUMENT].')
+  flags.DEFINE_multi_string('topology', [], 'Such as v5e:4x4, v5e:4x4@2 (slices), h100:8, cpu:8.')
+  flags.DEFINE_bool('measure', False, 'Run 20 steps on the devices that are here as well.')
+  flags.DEFINE_bool('sweep', False, 'All arms of the sweep() of the experiment.')
+  flags.DEFINE_float('price_per_chip_hour', None, 'In any currency.')
+  flags.DEFINE_string('json', '', 'A file for the numbers.')
+  given, rest = _split(sys.argv)
+  command.run(lambda: main(given), rest)

@@ -1,0 +1,175 @@
+"""What is read from compiled programs is what they do: exact where it can be known by hand."""
+
+import collections
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lmjax.hlo import buffers
+from lmjax.hlo.costs import Program
+from lmjax.hlo.text import Array, parse
+from tests.conftest import tpus
+
+DEVICES = {'cpu': lambda: jax.devices()[:8], 'tpu': lambda: tpus('v5e:2x4')}
+on_both = pytest.mark.parametrize('platform', DEVICES)
+
+
+def mesh_of(platform: str, **sizes: int) -> Mesh:
+  devices = np.array(DEVICES[platform]()[: math.prod(sizes.values())]).reshape(*sizes.values())
+  return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def compiled(function, mesh, *shapes, axes=()):
+  place = NamedSharding(mesh, PartitionSpec(axes))
+  args = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in shapes]
+  with jax.set_mesh(mesh):
+    return jax.jit(function).lower(*args).compile()
+
+
+def program(*args, **kwargs) -> Program:
+  return Program(compiled(*args, **kwargs).as_text())
+
+
+def total(costs) -> float:
+  return sum(cost.total for cost in costs)
+
+
+PRODUCTS = {  # name -> (function, shapes, FLOPs)
+  'matrices': (lambda x, y: x @ y, [(256, 384), (384, 128)], 2 * 256 * 384 * 128),
+  'a batch of them': (lambda x, y: x @ y, [(4, 256, 384), (4, 384, 128)], 8 * 256 * 384 * 128),
+  'two dims contracted': (
+    lambda x, y: jnp.einsum('bnh,nhd->bd', x, y),
+    [(256, 4, 64), (4, 64, 128)],
+    2 * 256 * 256 * 128,
+  ),
+  'a gradient': (
+    jax.grad(lambda x, y: jnp.sum((x @ y) ** 2), (0, 1)),
+    [(256, 384), (384, 128)],
+    6 * 256 * 384 * 128,
+  ),
+  'loops in loops': (
+    lambda x, y: jax.lax.fori_loop(
+      0, 5, lambda _, x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ y), x), x
+    ),
+    [(256, 128), (128, 128)],
+    15 * 2 * 256 * 128 * 128,
+  ),
+  'a scan over a stack': (
+    lambda x, ys: jax.lax.scan(lambda x, y: (jnp.sin(x @ y), None), x, ys)[0],
+    [(256, 128), (7, 128, 128)],
+    7 * 2 * 256 * 128 * 128,
+  ),
+}
+
+
+@on_both
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_products_are_counted_with_their_loops(platform, name):
+  function, shapes, flops = PRODUCTS[name]
+  assert total(program(function, mesh_of(platform, d=1), *shapes).products) == flops
+
+
+COLLECTIVES = {  # name -> (on shards of [1024, 128], bytes sent by one of n devices)
+  'all-gather': (lambda x: jax.lax.all_gather(x, 'a', tiled=True), lambda size, n: size * (n - 1)),
+  'all-reduce': (lambda x: jax.lax.psum(x, 'a'), lambda size, n: 2 * size * (n - 1) / n),
+  'reduce-scatter': (
+    lambda x: jax.lax.psum_scatter(x, 'a', tiled=True),
+    lambda size, n: size * (n - 1) / n,
+  ),
+  'all-to-all': (
+    lambda x: jax.lax.all_to_all(x, 'a', 0, 0, tiled=True),
+    lambda size, n: size * (n - 1) / n,
+  ),
+  'collective-permute': (
+    lambda x: jax.lax.ppermute(x, 'a', [(i, (i + 1) % 4) for i in range(4)]),
+    lambda size, n: size,
+  ),
+}
+
+
+@on_both
+@pytest.mark.parametrize('name', COLLECTIVES)
+def test_collectives_are_bytes_on_the_wire(platform, name):
+  """In a loop, along the second of two axes of a mesh."""
+  function, sent = COLLECTIVES[name]
+  mesh, shape = mesh_of(platform, b=2, a=4), (1024, 128)
+  whole = (shape[0] * 8, shape[1])
+
+  @functools.partial(
+    jax.shard_map,
+    in_specs=PartitionSpec(('b', 'a')),
+    out_specs=PartitionSpec(('b', 'a')),
+    check_vma=False,
+  )
+  def run(x):
+    return jax.lax.fori_loop(
+      0, 3, lambda i, x: jnp.sin(function(x + i)[: len(x) // 4].repeat(4, 0)), x
+    )
+
+  found = program(run, mesh, whole, axes=('b', 'a')).collectives
+  kinds = collections.Counter()
+  for cost in found:
+    kinds[cost.kind] += cost.total
+    assert cost.group == tuple(range(2 if cost.kind == 'collective-permute' else 4))
+  assert kinds == {name: 3 * sent(4 * math.prod(shape), 4)}
+
+
+def test_what_slices_send_each_other_is_no_collective_and_counted():
+  """The compiler leaves it to the hosts."""
+  devices = np.array(tpus('v5e:2x2', num_slices=2)).reshape(2, 4)
+  mesh = Mesh(devices, ('slice', 'd'), axis_types=(AxisType.Auto,) * 2)
+  f = jax.shard_map(
+    lambda x: jax.lax.psum(x, 'slice'),
+    in_specs=PartitionSpec(),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )
+  (found,) = program(f, mesh, (1024, 128)).collectives
+  assert (found.kind, found.amount, found.group) == ('all-reduce', 4 * 1024 * 128, (0, 4))
+
+
+@on_both
+def test_moves_are_operands_and_results(platform):
+  """A sum reads two and writes one; a loop over a stack reads each of its parts once."""
+  mesh, size = mesh_of(platform, d=1), 4 * 4096 * 1024
+  assert total(program(lambda x, y: x + y, mesh, *[(4096, 1024)] * 2).moves) == 3 * size
+  stacked = lambda ys: jax.lax.fori_loop(0, 8, lambda i, ys: ys.at[i].set(jnp.sin(ys[i])), ys)
+  moved = total(program(stacked, mesh, (8, 4096, 1024)).moves)
+  assert 2 * 8 * size <= moved <= 4.1 * 8 * size  # with a copy of what is not donated
+
+
+@on_both
+def test_the_largest_buffers_are_those_that_the_backward_pass_needs(platform):
+  """What a scan keeps for its gradient, and about as much memory as the compiler says."""
+
+  def loss(x, ys):
+    body = lambda x, y: (jnp.sin(x @ y), None)
+    return jnp.sum(jax.lax.scan(body, x, ys)[0] ** 2)
+
+  c = compiled(jax.grad(loss), mesh_of(platform, d=1), (8192, 1024), (12, 1024, 1024))
+  found = buffers.at_peak(c.as_text())
+  assert found[0].array.dims == (12, 8192, 1024)
+  assert 'while' in found[0].where or 'broadcast' in found[0].where
+  peak, temporaries = sum(b.bytes for b in found), c.memory_analysis().temp_size_in_bytes
+  assert 0.8 * temporaries < peak < 1.25 * temporaries
+
+
+def test_arrays_fill_whole_tiles():
+  assert Array('bf16', (4, 100, 64), '{2,1,0:T(8,128)(2,1)}').padded == 4 * 104 * 128 * 2
+  assert Array('f32', (64, 100), '{0,1:T(8,128)}').padded == 128 * 104 * 4
+  assert Array('f32', (1000,), '{0:T(1024)S(1)}').padded == 4096
+  assert Array('f32', (1000,), '{0:T(1024)S(1)}').space == 1
+  assert Array('pred', (3, 5), '{1,0}').bytes == 15
+
+
+def test_every_instruction_is_read():
+  text = compiled(lambda x: jnp.sort(x @ x.T), mesh_of('cpu', d=1), (64, 64)).as_text()
+  computations, entry = parse(text)
+  assert entry in computations
+  lines = [line for line in text.splitlines() if ' = ' in line and line.startswith('  ')]
+  assert sum(map(len, computations.values())) == len(lines)
