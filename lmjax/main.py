@@ -38,14 +38,20 @@ def main() -> None:
 
   asked = {'config': resolved, 'workdir': workdir}
   with command.joined(lambda: record.flatten({**record.software(), **asked})):
+    import jax
+
     from lmjax import train  # imports JAX, which a wrong config need not wait for
 
-    train.run(resolved, workdir)
+    if flags.FLAGS.debug:
+      jax.config.update('jax_disable_jit', True)
+    train.run(resolved, workdir, flags.FLAGS.profile)
 
 
 if __name__ == '__main__':
   keep_freed_memory()
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
+  flags.DEFINE_string('profile', '', 'Trace the steps FIRST:LAST into the workdir.')
+  flags.DEFINE_bool('debug', False, 'Nothing is compiled: every array can be looked at.')
   command.define_process_flags()
   command.run(main)

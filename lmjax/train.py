@@ -15,7 +15,17 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
-from lmjax import experiment, generate, hardware, metrics, optimizer, processes, record, sharding
+from lmjax import (
+  experiment,
+  generate,
+  hardware,
+  metrics,
+  optimizer,
+  processes,
+  profiler,
+  record,
+  sharding,
+)
 from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import UserError
@@ -122,8 +132,11 @@ def lower(
 # --------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
+def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = '') -> dict[str, Any]:
   """Trains, evaluates and saves the experiment in `workdir`, or goes on with it.
+
+  `profile` is a window of steps like '10:15', whose trace is written to <workdir>/profile.
+  With jax_disable_jit everything runs operation by operation, so that arrays can be looked at.
 
   Returns what result.json holds: step, parameters, metrics and, where asked for, a sample.
 
@@ -133,6 +146,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]
   """
   c = config_lib.resolve(config)
   path = experiment.run_path(workdir)
+  window = profiler.Window(profile, path / 'profile')
   finished = workdir_lib.check(path, c)
   if finished:
     print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
@@ -155,11 +169,15 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
-    return _train(parts, mesh, path, digests)
+    return _train(parts, mesh, path, digests, window)
 
 
 def _train(
-  parts: Experiment, mesh: Mesh, path: epath.Path, digests: dict[str, str]
+  parts: Experiment,
+  mesh: Mesh,
+  path: epath.Path,
+  digests: dict[str, str],
+  window: profiler.Window,
 ) -> dict[str, Any]:
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
@@ -186,7 +204,10 @@ def _train(
       print(f'resuming at step {start} of {steps}', flush=True)
     state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
     workdir_lib.describe(parts, path, digests)
-    step_fn = _compile(lower(parts, mesh, like, transform))
+    eager = jax.config.jax_disable_jit
+    step_fn = (
+      make_step(parts, transform) if eager else _compile(lower(parts, mesh, like, transform))
+    )
     processes.wait()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
     cost = {
       'tokens': c['batch'] * c['length'],
@@ -196,6 +217,7 @@ def _train(
     log = metrics.Log(path, start, steps, c['log'], cost, saved)
     stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
+    stack.enter_context(window)
     evaluator = Evaluator(parts, mesh)
     # A run killed after its last checkpoint has only this left to do.
     values = evaluator(_averaged(state)) if start == steps else {}
@@ -203,8 +225,10 @@ def _train(
     for step in range(start + 1, steps + 1):
       with log.waiting():
         fingerprint, batch = next(batches)
-      with jax.transfer_guard('disallow'):
+      window.before(step)
+      with jax.transfer_guard('allow' if eager else 'disallow'):
         state, numbers = step_fn(state, batch)
+      window.after(step, numbers)
       log.push(step, fingerprint, numbers)
 
       evaluate, save = (

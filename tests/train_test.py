@@ -130,6 +130,29 @@ def test_floating_point_work_does_not_depend_on_who_does_it(parts):
     assert made.flops.model == kernel.flops.model == by_hand
 
 
+def test_nothing_need_be_compiled(tiny, tmp_path):
+  """For who looks at arrays: the same numbers, operation by operation."""
+  c = tiny(**{'model.depth': 1, 'steps': 1, 'optimizer.warmup_steps': 0, 'evaluate.batches': 1})
+  expected = train.run(c, str(tmp_path / 'compiled'))['metrics']
+  compiled = []
+  with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, '_compile', compiled.append)
+    got = train.run(c, str(tmp_path / 'eager'))['metrics']
+  assert not compiled
+  assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_window_of_steps_is_traced(tiny, tmp_path):
+  c = tiny(**{'model.depth': 1})
+  train.run(c, str(tmp_path / 'run'), profile='2:3')
+  (trace,) = (tmp_path / 'run' / 'profile').rglob('*.xplane.pb')
+  assert trace.stat().st_size > 1000
+  for wrong in ('2', '3:2', 'a:b'):
+    with pytest.raises(UserError, match=f'--profile={wrong}'):
+      train.run(c, str(tmp_path / 'other'), profile=wrong)
+  assert not (tmp_path / 'other').exists()
+
+
 def test_evaluate_says_what_the_run_said(finished):
   workdir, _, result = finished
   values = evaluate.run(str(workdir))
