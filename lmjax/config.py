@@ -152,7 +152,10 @@ def arms(spec: str) -> list[Overrides]:
   with _opened(spec) as module:
     if not hasattr(module, 'sweep'):
       raise UserError(f'{spec} has no sweep()')
-    return module.sweep()
+    found = module.sweep()
+  if not (isinstance(found, list) and all(isinstance(arm, dict) for arm in found)):
+    raise UserError(f'sweep() of {spec} does not return a list of overrides')
+  return found
 
 
 def meant_for(spec: str) -> dict[str, Overrides]:

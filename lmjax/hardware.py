@@ -44,7 +44,7 @@ CHIPS = {
   'tpu7x': Chip('TPU7x', 1153.5e12, 94.75 * GIB, 3690 * GB, 300 * GB, 6.25 * GB, 3, 4, 2),
   'a100': Chip('NVIDIA A100', 312e12, 79.3 * GIB, 2039 * GB, 300 * GB, 25 * GB),
   'h100': Chip('NVIDIA H100', 989e12, 79.1 * GIB, 3352 * GB, 450 * GB, 50 * GB),
-  'h200': Chip('NVIDIA H200', 989e12, 141 * GIB, 4800 * GB, 450 * GB, 50 * GB),
+  'h200': Chip('NVIDIA H200', 989e12, 139.8 * GIB, 4800 * GB, 450 * GB, 50 * GB),
 }
 BY_HOST = 8  # GPUs
 
@@ -83,12 +83,14 @@ def chip(topology: str) -> Chip:
     UserError: an accelerator is here that the table does not know.
   """
   kind, size = _split(topology)
+  if kind in CHIPS and CHIPS[kind].dims == 1:
+    return dataclasses.replace(CHIPS[kind], memory=CHIPS[kind].memory * _share_of_gpu())
   if kind in CHIPS:
     return CHIPS[kind]
   here = jax.devices()
   if kind == 'here' and here[0].platform != 'cpu':
     if found := chip_of(here[0]):
-      return found
+      return dataclasses.replace(found, memory=here[0].memory_stats()['bytes_limit'])
     raise UserError(f'nobody has written down what a {here[0].device_kind} can do')
   n, x, y = int(size or len(here)), np.ones(1 << 24), np.ones(1 << 24)
   bandwidth = 2 * x.nbytes / min(timeit.repeat(lambda: np.copyto(y, x), number=1, repeat=5)) / n
@@ -96,11 +98,17 @@ def chip(topology: str) -> Chip:
   return Chip('cpu', peak_flops() / n, memory, bandwidth, bandwidth, bandwidth)
 
 
+def _share_of_gpu() -> float:
+  """Of its memory, as JAX takes it when it starts."""
+  return float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75))
+
+
 def compiler(topology: str) -> str:
-  """Its version."""
+  """Its version; of the devices that are here, also what they are."""
   kind = _split(topology)[0]
   if kind == 'here':
-    return jax.devices()[0].client.platform_version
+    device = jax.devices()[0]
+    return f'{device.device_kind} {device.client.platform_version}'
   package = 'jaxlib' if kind == 'cpu' else 'libtpu' if CHIPS[kind].dims > 1 else 'jax-cuda13-plugin'
   return f'{package} {importlib.metadata.version(package)}'
 
@@ -109,7 +117,7 @@ def prepare(names: list[str]) -> None:
   """Before JAX starts: it is to compile for these topologies, not to use what is here."""
   cpus = [int(size) for kind, size in map(_split, names) if kind == 'cpu' and size.isdecimal()]
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', max(cpus, default=1))
+  jax.config.update('jax_num_cpu_devices', max([1, *cpus]))
   # Otherwise libtpu asks the network what machine this is, and two cannot compile at once.
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   # There is nothing here on which the compiler for GPUs could try what is fastest.
@@ -128,6 +136,8 @@ def devices(name: str) -> list[jax.Device]:
     return jax.devices()
   if kind == 'cpu' and size.isdecimal() and 0 < int(size) <= len(jax.devices('cpu')):
     return jax.devices('cpu')[: int(size)]
+  if kind == 'cpu':
+    raise UserError(f'"{name}" is no topology: a number of CPU devices is missing, as in cpu:8')
   if kind not in CHIPS:
     raise UserError(f'there is no hardware "{kind}"{did_you_mean(kind, [*CHIPS, "cpu"])}')
   if CHIPS[kind].dims == 1:
@@ -142,7 +152,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _tpus(name: str, kind: str, size: str) -> list[jax.Device]:
   shape, _, slices = size.partition('@')
-  if not re.fullmatch(r'\d+(x\d+)+(@\d+)?', size):
+  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+(@[1-9]\d*)?', size):
     raise UserError(f'"{name}" is no topology: the sizes of its torus are missing, as in v5e:4x4')
   _need('libtpu', 'tpu', name)
   sizes = [int(n) for n in shape.split('x')] + [1]

@@ -13,13 +13,13 @@ from lmjax.config import UserError
 class Window:
   """Traces the steps from the first to the last, given as 'FIRST:LAST'; '' traces none."""
 
-  def __init__(self, steps: str, directory: epath.Path):
+  def __init__(self, steps: str, directory: epath.Path, most: int):
     if steps and not re.fullmatch(r'\d+:\d+', steps):
       raise UserError(f'--profile={steps} is not FIRST:LAST, as 10:15 is')
     self._first, self._last = map(int, steps.split(':')) if steps else (0, 0)
-    if self._first > self._last:
-      raise UserError(f'--profile={steps} ends before it begins')
-    self._directory, self._open = directory, contextlib.ExitStack()
+    if steps and not 1 <= self._first <= self._last <= most:
+      raise UserError(f'--profile={steps} is no window in the steps 1 to {most} of the run')
+    self._directory, self._open, self._tracing = directory, contextlib.ExitStack(), False
 
   def __enter__(self) -> 'Window':
     return self
@@ -28,8 +28,10 @@ class Window:
     self._open.close()
 
   def before(self, step: int) -> None:
-    if step == self._first:
+    # A run that is resumed in the window traces what is left of it.
+    if self._first <= step <= self._last and not self._tracing:
       self._open.enter_context(jax.profiler.trace(str(self._directory)))
+      self._tracing = True
 
   def after(self, step: int, results: Any) -> None:
     """`results` of the step are waited for where it is the last."""

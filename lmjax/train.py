@@ -146,7 +146,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
   """
   c = config_lib.resolve(config)
   path = experiment.run_path(workdir)
-  window = profiler.Window(profile, path / 'profile')
+  window = profiler.Window(profile, path / 'profile', c['steps'])
   finished = workdir_lib.check(path, c)
   if finished:
     print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')

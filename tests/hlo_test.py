@@ -74,6 +74,17 @@ def test_products_are_counted_with_their_loops(platform, name):
   assert total(program(function, mesh_of(platform, d=1), *shapes).products) == flops
 
 
+@pytest.mark.parametrize('groups', [{'batch_group_count': 4}, {'feature_group_count': 4}])
+def test_convolutions_in_groups(groups):
+  """Beside XLA's count, which is right where there is no loop."""
+  kernel = (3, 16, 8) if 'batch_group_count' in groups else (3, 4, 8)
+  convolve = lambda x, k: jax.lax.conv_general_dilated(
+    x, k, (1,), [(1, 1)], dimension_numbers=('NHC', 'HIO', 'NHC'), **groups
+  )
+  c = compiled(convolve, mesh_of('cpu', d=1), (8, 6, 16), kernel)
+  assert total(Program(c.as_text()).products) == c.cost_analysis()['flops']
+
+
 COLLECTIVES = {  # name -> (on shards of [1024, 128], bytes sent by one of n devices)
   'all-gather': (lambda x: jax.lax.all_gather(x, 'a', tiled=True), lambda size, n: size * (n - 1)),
   'all-reduce': (lambda x: jax.lax.psum(x, 'a'), lambda size, n: 2 * size * (n - 1) / n),
@@ -131,6 +142,40 @@ def test_what_slices_send_each_other_is_no_collective_and_counted():
   )
   (found,) = program(f, mesh, (1024, 128)).collectives
   assert (found.kind, found.amount, found.group) == ('all-reduce', 4 * 1024 * 128, (0, 4))
+
+
+# As the compiler for GPUs writes it: several at once, begun and awaited.
+BEGUN = """HloModule m, is_scheduled=true, num_partitions=4
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[4,8], b: f32[16]) -> (f32[4,8], f32[16]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %ag = ((f32[4,8]{1,0}, f32[16]{0}), (f32[16,8]{1,0}, f32[64]{0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
+  %agd = (f32[16,8]{1,0}, f32[64]{0}) all-gather-done(%ag)
+  %p = f32[16,8]{1,0} get-tuple-element(%agd), index=0
+  %q = f32[64]{0} get-tuple-element(%agd), index=1
+  %ar = (f32[16,8]{1,0}, f32[64]{0}) all-reduce-start(%p, %q), replica_groups=[1,4]<=[4], to_apply=%add
+  %ard = (f32[16,8]{1,0}, f32[64]{0}) all-reduce-done(%ar)
+  %r = f32[16,8]{1,0} get-tuple-element(%ard), index=0
+  %s = f32[64]{0} get-tuple-element(%ard), index=1
+  %rs = ((f32[16,8]{1,0}, f32[64]{0}), (f32[4,8]{1,0}, f32[16]{0})) reduce-scatter-start(%r, %s), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  ROOT %rsd = (f32[4,8]{1,0}, f32[16]{0}) reduce-scatter-done(%rs)
+}
+"""  # noqa: E501
+
+
+def test_collectives_that_are_begun_and_awaited_are_counted_once():
+  size = 4 * (16 * 8 + 64)
+  found = {cost.kind: cost.total for cost in Program(BEGUN).collectives}
+  shares = {'all-gather': 0.75, 'all-reduce': 1.5, 'reduce-scatter': 0.75}
+  assert found == {kind: size * share for kind, share in shares.items()}
+  # Gathered, and summed in place; what is returned lies where the caller wants it.
+  assert [b.array.dims for b in buffers.at_peak(BEGUN)] == [(16, 8), (64,)]
 
 
 @on_both

@@ -79,7 +79,10 @@ def test_cpus():
     ('v5e:3x5x7', 'is no topology'),
     ('h100:12', 'or a multiple'),
     ('h100:x', 'or a multiple'),
-    ('cpu:999', 'there is no hardware'),
+    ('cpu:999', 'as in cpu:8'),
+    ('cpu:0', 'as in cpu:8'),
+    ('cpu', 'as in cpu:8'),
+    ('v5e:4x4@0', 'as in v5e:4x4'),
   ],
 )
 def test_what_is_no_topology_is_a_sentence(topology, said):

@@ -147,7 +147,7 @@ def test_a_window_of_steps_is_traced(tiny, tmp_path):
   train.run(c, str(tmp_path / 'run'), profile='2:3')
   (trace,) = (tmp_path / 'run' / 'profile').rglob('*.xplane.pb')
   assert trace.stat().st_size > 1000
-  for wrong in ('2', '3:2', 'a:b'):
+  for wrong in ('2', '3:2', 'a:b', '0:2', '2:99'):
     with pytest.raises(UserError, match=f'--profile={wrong}'):
       train.run(c, str(tmp_path / 'other'), profile=wrong)
   assert not (tmp_path / 'other').exists()

@@ -68,12 +68,17 @@ def _value(
   if inst.op == 'get-tuple-element':
     return [operands[0][int(inst.find(r'index=(\d+)'))]]
   if inst.op.endswith('-done'):
-    parts = [*reversed(operands[0])] if operands[0] else [None]
-    return [next((b for b in parts if b and b.array.dims == inst.results[0].dims), None)]
+    left = [b for b in reversed(operands[0]) if b]  # what was begun with comes first
+    ours = []
+    for array in inst.results:
+      ours.append(next((b for b in left if b.array.dims == array.dims), None))
+      left = [b for b in left if b is not ours[-1]]
+    return ours
   made: _Value = []
   for i, array in enumerate(inst.results):
-    if inst.op.endswith('-start') and i == (inst.op == 'copy-start'):
-      made.append(operands[0][0])  # what is read, until all of it has been
+    read = i - (inst.op == 'copy-start')
+    if inst.op.endswith('-start') and 0 <= read < len(operands):
+      made.append(operands[read][0])  # what is read, until all of it has been
       continue
     place = _in_place(inst, i, around, others)
     buffer = Buffer(array, inst.find(r'op_name="([^"]*)"')) if array.space == 0 else None

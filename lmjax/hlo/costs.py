@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lmjax.hlo.text import Computation, Computations, Instruction, parse
+from lmjax.hlo.text import Array, Computation, Computations, Instruction, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Program:
     moves: bytes of operands and results in the device's memory.  A slice counts as what it takes,
       an update in place as what it puts.  An estimate: what a kernel reads twice counts once.
     collectives: bytes sent, by rings: (n-1)/n of the array, twice that for an all-reduce.
+    uncounted: loops of which nobody knows how often they run; they count once.
   """
 
   def __init__(self, text: str):
@@ -48,6 +49,7 @@ class Program:
     self.kernels: list[Cost] = []
     self.moves: list[Cost] = []
     self.collectives: list[Cost] = []
+    self.uncounted: list[str] = []
     self._walk(entry, 1)
 
   def _walk(self, name: str, times: int) -> None:
@@ -80,9 +82,11 @@ class Program:
       return int(known)
     # libtpu does not write it down: its counters run from 0 to the constant they are compared with.
     condition = self._computations[inst.find(r'condition=%([\w.-]+)')]
-    constants = [int(x.args) for x in condition.values() if x.op == 'constant']
-    assert len(constants) == 1, f'nobody knows how often {inst.name} runs'
-    return constants[0]
+    constants = [x.args for x in condition.values() if x.op == 'constant']
+    if len(constants) != 1 or not constants[0].isdecimal():
+      self.uncounted.append(inst.name)
+      return 1
+    return int(constants[0])
 
   def _count(self, inst: Instruction, around: Computation, times: int) -> None:
     kind, where = inst.op.removesuffix('-start'), _where(inst)
@@ -96,12 +100,14 @@ class Program:
       group = _over_slices(inst)
       kind = inst.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace('_', '-')
       self.collectives.append(
-        Cost(kind, _SENT[kind](inst.results[:1], len(group)), times, where, group)
+        Cost(
+          kind, inst.results[0].bytes * _SENT_BETWEEN_SLICES[kind](len(group)), times, where, group
+        )
       )
     # libtpu spreads one over the fusions that hide it; the first of its parts says where it starts.
     elif kind in _SENT and inst.find(r'"flag_start":"([^"]*)"') in ('', '-1'):
       group = _group(inst.rest, self._devices)
-      sent = _SENT[kind](inst.results, len(group))
+      sent = _SENT[kind](_made(inst), len(group))
       self.collectives.append(Cost(kind, sent, times, where, group))
 
 
@@ -141,7 +147,7 @@ def _convolution_flops(inst: Instruction, around: Computation) -> float:
     pairs *= int(
       np.sum((at >= 0) & (at <= (left[lhs.index(str(i))] - 1) * spread) & (at % spread == 0))
     )
-  return 2 * outer * inner * pairs / int(inst.find(r'batch_group_count=(\d+)') or 1)
+  return 2 * outer * inner * pairs
 
 
 # ----------------------------------------------------------------------------------------- moves
@@ -225,8 +231,23 @@ def _written(inst: Instruction, around: Computation, others: Computations) -> li
 
 # ----------------------------------------------------------------------------------- collectives
 
+
+def _made(inst: Instruction) -> tuple[Array, ...]:
+  """The results without the operands that stand before them where it is only begun."""
+  n = len(inst.operands)
+  begun = inst.op.endswith('-start') and len(inst.results) > n
+  return inst.results[n : 2 * n] if begun else inst.results
+
+
+_SENT_BETWEEN_SLICES = {  # times what is handed over
+  'all-gather': lambda n: n - 1,
+  'all-reduce': lambda n: 2 * (n - 1) / n,
+  'reduce-scatter': lambda n: (n - 1) / n,
+  'all-to-all': lambda n: (n - 1) / n,
+  'one-to-one': lambda n: 1,
+}
 _SENT = {  # bytes that a device of a group of n sends
-  'all-gather': lambda results, n: max(x.bytes for x in results) * (n - 1) / n,
+  'all-gather': lambda results, n: sum(x.bytes for x in results) * (n - 1) / n,
   'all-reduce': lambda results, n: 2 * sum(x.bytes for x in results) * (n - 1) / n,
   'reduce-scatter': lambda results, n: sum(x.bytes for x in results) * (n - 1),
   'all-to-all': lambda results, n: sum(x.bytes for x in results) * (n - 1) / n,

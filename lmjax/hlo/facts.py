@@ -2,20 +2,24 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import sys
 import time
+import uuid
 from typing import Any
 
 import jax
 from etils import epath
 
 from lmjax import hardware
+from lmjax.config import UserError
 from lmjax.hlo import buffers
 from lmjax.hlo.costs import Program
 
 Facts = dict[str, Any]
+_AGAIN = 'rematted_computation'  # JAX's name for what the backward pass computes again
 
 
 def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
@@ -25,8 +29,10 @@ def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
   """
   # A learning rate does not change what a program costs, so that most arms of a sweep are one.
   text = re.sub(r'dense<[-+.\deE]+> : tensor<f32>', 'dense<0.> : tensor<f32>', lowered.as_text())
-  ours = [path.read_text() for path in sorted(pathlib.Path(__file__).parent.glob('*.py'))]
-  key = [jax.__version__, hardware.compiler(topology), topology, text, *ours]
+  ours = [*sorted(pathlib.Path(__file__).parent.glob('*.py')), pathlib.Path(hardware.__file__)]
+  key = [jax.__version__, hardware.compiler(topology), topology, text]
+  key += [path.read_text() for path in ours]
+  key += [os.environ.get(name) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')]
   digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
   path = epath.Path(cache).expanduser() / 'plans' / f'{digest}.json'
   if path.exists():
@@ -43,23 +49,29 @@ def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
     facts = {'fits': True, **_read(compiled)}
   facts['compile_seconds'] = time.perf_counter() - began
   path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = path.with_suffix('.tmp')
+  scratch = path.with_suffix(f'.{uuid.uuid4().hex[:8]}.tmp')
   scratch.write_text(json.dumps(facts))
-  scratch.rename(path)
+  scratch.replace(path)
   return facts
 
 
 def _asked_for(error: str) -> float:
-  """Bytes of temporaries that there was no room for."""
-  found = re.search(r'\(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of', error)
-  number, unit = [part for part in found.groups() if part]
-  return float(number) * 1024 ** ('KMG'.index(unit) + 1)
+  """Bytes of temporaries that there was no room for.
+
+  Raises:
+    UserError: it was no room in the device's memory that was missing.
+  """
+  number = r'([\d.]+)([KMGT])'
+  found = re.search(rf'\({number}\) exceeds available HBM|Used {number} of \S+ hbm', error)
+  if not found:
+    raise UserError(f'the compiler gives up: {error.splitlines()[0]}')
+  size, unit = [part for part in found.groups() if part]
+  return float(size) * 1024 ** ('KMGT'.index(unit) + 1)
 
 
 def _read(compiled: jax.stages.Compiled) -> Facts:
   memory, text = compiled.memory_analysis(), compiled.as_text()
   program = Program(text)
-  backward = [cost for cost in program.kernels if _is_backward(cost.where)]
   sent: dict[tuple, float] = {}
   for cost in program.collectives:
     sent[cost.kind, cost.group] = sent.get((cost.kind, cost.group), 0) + cost.total
@@ -69,14 +81,11 @@ def _read(compiled: jax.stages.Compiled) -> Facts:
     'temporaries': memory.temp_size_in_bytes,
     'dot_flops': sum(cost.total for cost in program.products),
     'moved': sum(cost.total for cost in program.moves),
-    'kernel_runs': sum(cost.times for cost in program.kernels),
-    'kernel_runs_backward': sum(cost.times for cost in backward),
+    'kernel_runs': sum(cost.times for cost in program.kernels if 'transpose(' not in cost.where),
+    'kernel_runs_again': sum(cost.times for cost in program.kernels if _AGAIN in cost.where),
+    'uncounted_loops': len(program.uncounted),
     'sent': [[kind, group, size] for (kind, group), size in sent.items()],
     'largest': [
       [b.bytes, f'{b.array.dtype}{list(b.array.dims)}', b.where] for b in buffers.at_peak(text)[:8]
     ],
   }
-
-
-def _is_backward(where: str) -> bool:
-  return 'transpose(' in where and 'rematted_computation' not in where

@@ -22,11 +22,11 @@ BACKWARD = 2.5
 # What nobody knows of a program that has no room.
 UNKNOWN = ('dot_tflop', 'kernel_tflop', 'recomputation', 'hbm_gib', 'wire_gib', 'wire_gib_by_axis')
 UNKNOWN += ('busy_seconds', 'step_seconds', 'bound_by', 'tokens_per_second', 'mfu')
-UNKNOWN += ('hours', 'price', 'largest')
+UNKNOWN += ('hours', 'price', 'largest', 'uncounted_loops')
 Entry = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
   """An experiment with overrides, to be planned for a topology."""
 
@@ -64,10 +64,12 @@ def plan(job: Job) -> Entry:
   """One element of the JSON, an object.  Sizes are GiB and FLOPs are TFLOP of a device and a step.
 
   `model_tflop` is what the mathematics asks for, without what the mask hides; `dot_tflop` is what
-  the program's products do, and `kernel_tflop` what attention kernels do beside them.  Both over
+  the program's products do, and `kernel_tflop` what attention kernels do beside them for the places
+  that the mask lets see (they skip whole blocks only).  Both over
   what they would be if no product were computed twice is `recomputation`; the optimizer's own
   products, as Muon has, are in it too.  `wire_gib` is sent, as
-  by rings.  `step_seconds` is the roofline's (see roofline.py), and the least that can be.
+  by rings.  `step_seconds` is the roofline's (see roofline.py); `hours` and `price` are of as many
+  such steps as the run has, without evaluation.
 
   Raises:
     UserError: the experiment cannot run on the topology, or its compiler is not here.
@@ -80,7 +82,9 @@ def plan(job: Job) -> Entry:
     sharding.unsharded(like.params, mesh, strategy, parts.config['sharding']['max_unsharded'])
     where = job.topology, parts.config['cache']
     step = facts.of(train.lower(parts, mesh, like, transform), *where)
-    evaluation = facts.of(evaluate.lower(parts, mesh, like.params), *where)
+    evaluation = {'fits': True, 'temporaries': 0, 'compile_seconds': 0}
+    if step['fits']:
+      evaluation = facts.of(evaluate.lower(parts, mesh, like.params), *where)
   state = sum(_bytes_here(x) for x in jax.tree.leaves(like))
   return _entry(job, parts, mesh, step, evaluation, state)
 
@@ -135,9 +139,9 @@ def _entry(
 def _work(job: Job, parts: experiment.Experiment, mesh: Mesh, step: facts.Facts) -> Entry:
   """UNKNOWN, of a program that has room."""
   c, n, chip, flops = parts.config, mesh.size, hardware.chip(job.topology), parts.flops
-  runs, back = step['kernel_runs'], step['kernel_runs_backward']
+  runs = step['kernel_runs']
   once = flops.seen * (1 + BACKWARD) / n if runs else 3 * flops.every / n
-  kernels = flops.seen / n * ((runs - back) / back + BACKWARD) if runs else 0.0
+  kernels = flops.seen / n * (1 + step['kernel_runs_again'] / runs + BACKWARD) if runs else 0.0
   sent = [(size, group) for _, group, size in step['sent']]
   busy = roofline.seconds(step['dot_flops'] + kernels, step['moved'], sent, mesh, chip)
   seconds = max(busy.values())
@@ -147,6 +151,7 @@ def _work(job: Job, parts: experiment.Experiment, mesh: Mesh, step: facts.Facts)
     by_axis[roofline.axes(group, mesh)] += size / GIB
   hours = c['steps'] * seconds / 3600
   return {
+    'uncounted_loops': step['uncounted_loops'],
     'dot_tflop': step['dot_flops'] / 1e12,
     'kernel_tflop': kernels / 1e12,
     'recomputation': (step['dot_flops'] + kernels) / (flops.dense / n + once),

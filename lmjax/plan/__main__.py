@@ -15,7 +15,7 @@ from absl import flags
 
 from lmjax import command, config, hardware
 from lmjax.config import Overrides, UserError
-from lmjax.plan import Entry, jobs, plan
+from lmjax.plan import Entry, Job, jobs, made, plan
 from lmjax.plan.measure import measure
 from lmjax.plan.search import search
 
@@ -65,6 +65,8 @@ def _details(entry: Entry) -> list[str]:
   if 'overrides' in entry:
     found = ' '.join(entry['overrides'] or ())
     lines.append(f'  has room with {found}' if found else '  has room with nothing that was tried')
+  if entry['uncounted_loops']:
+    lines.append(f'  {entry["uncounted_loops"]} loops of unknown length are counted once')
   if seen := entry.get('measured'):
     size = '' if seen['memory_gib'] is None else f', {seen["memory_gib"]:.2f} GiB'
     lines.append(
@@ -94,23 +96,49 @@ def main(overrides: Overrides) -> None:
     raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if f.measure and f.topology:
     raise UserError('--measure is for the devices that are here, and --topology for others')
+  if 'here' in f.topology:
+    raise UserError('the devices that are here are asked for with --measure')
+  out = pathlib.Path(f.json or '.').absolute()
+  if not out.parent.is_dir():
+    raise UserError(f'there is no directory {out.parent} for --json')
   where = ['here'] if f.measure else f.topology
   todo = list(jobs(f.config, where, overrides, f.sweep, f.price_per_chip_hour))
+  if f.measure and len(todo) > 1:
+    raise UserError('--measure takes one experiment at a time: memory counts for the whole process')
   if not f.measure:
     hardware.prepare([job.topology for job in todo])
-  entries = []
-  for job in todo:
-    entry = plan(job)
-    entries.append(entry)
-    if f.measure:
-      entry['measured'] = measure(job, entry)
-    elif not entry['fits']:
-      instead = search(job)
-      entry['overrides'] = config.arguments(instead[0]) if instead else None
-      entries += [instead[1]] if instead else []
+  entries = [entry for job in _possible(todo, bool(where)) for entry in _entries(job, f.measure)]
   print(table(entries))
   if f.json:
-    pathlib.Path(f.json).write_text(json.dumps(entries, indent=2) + '\n')
+    out.write_text(json.dumps(entries, indent=2) + '\n')
+
+
+def _possible(todo: list[Job], asked: bool) -> list[Job]:
+  """Before anything is compiled: a mistake, or, where nobody asked for the topology, a remark."""
+  found, errors = [], {}
+  for job in todo:
+    try:
+      made(job)
+      found.append(job)
+    except UserError as e:
+      errors[job] = e
+  if errors and (asked or not found):
+    raise next(iter(errors.values()))
+  for job, error in errors.items():
+    print(f'{job.command} is not planned for {job.topology}: {error}', file=sys.stderr)
+  return found
+
+
+def _entries(job: Job, measured: bool) -> list[Entry]:
+  """Its own, and that of what has room where it has none."""
+  entry = plan(job)
+  if measured and entry['fits']:
+    entry['measured'] = measure(job, entry)
+  if measured or entry['fits']:
+    return [entry]
+  instead = search(job)
+  entry['overrides'] = config.arguments(instead[0]) if instead else None
+  return [entry, instead[1]] if instead else [entry]
 
 
 if __name__ == '__main__':

@@ -47,8 +47,8 @@ def measure(job: Job, entry: Entry) -> Entry:
 
 
 def _rows(x: jax.ShapeDtypeStruct, length: int) -> Any:
-  """Weights of 1, and ids that are places as well."""
-  ids = np.arange(math.prod(x.shape)) % length
+  """Weights of 1, and ids that are places and bytes as well."""
+  ids = np.arange(math.prod(x.shape)) % min(length, 256)
   return (
     (ids if np.issubdtype(x.dtype, np.integer) else np.ones_like(ids))
     .reshape(x.shape)

@@ -45,7 +45,11 @@ def _enough_micro_batches(
     if entry['fits']:
       return overrides, entry
     room = memory['capacity'] - memory['arguments']
-    if room <= 0:
+    if room <= 0 or memory['peak'] <= memory['capacity']:  # or it is evaluation that has none
       return overrides, None
-    micro *= 2 ** max(1, math.ceil(math.log2(memory['temporaries'] / room)))
+    least = max(micro + 1, micro * memory['temporaries'] / room)
+    more = range(math.ceil(least), c['batch'] + 1)
+    micro = next((n for n in more if c['batch'] % n == 0), None)
+    if micro is None:
+      return overrides, None
     overrides = overrides | {'micro_batches': micro}
