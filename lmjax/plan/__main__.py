@@ -52,7 +52,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     f'{entry["tokens_per_second"]:,.0f}',
     f'{entry["mfu"]:.1%}',
     f'{entry["hours"]:.3g}',
-    '' if entry['price'] is None else f'{entry["price"]:,.0f}',
+    '' if entry['price'] is None else f'{entry["price"]:,.2f}',
   )
 
 
