@@ -50,6 +50,12 @@ def test_gradients_of_kernels_are_scattered(parts):
   assert not whole
 
 
+def test_gathered_kernels_are_not_kept(parts):
+  """Even where a block keeps all else: four of attention and two more are gathered again."""
+  lines = travels(parts, 'fsdp', {'data': 8}, **{'model.depth': 2, 'model.remat': 'none'})
+  assert len([x for x in lines if re.search('rematted.*shard_map/all_gather', x)]) == 6
+
+
 def test_a_frequent_token_gets_its_whole_gradient():
   """In bfloat16, 1,000 times 1 would come to 256."""
   table = jnp.zeros((4, 2), jnp.bfloat16)

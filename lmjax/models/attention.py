@@ -180,8 +180,8 @@ class Attention(nn.Module):
 
     def project(name, heads):
       axes = ('embed', 'heads', 'kv')
-      project = layers.Linear((self.dim,), (heads, head_dim), axes, **shared, name=name)
-      return checkpoint_name(project(x_BLD), 'qkv')
+      linear = layers.Linear((self.dim,), (heads, head_dim), axes, **shared, name=name)
+      return checkpoint_name(linear(x_BLD), 'qkv')
 
     q_BLNH = project('query', self.heads)
     k_BLGH = project('key', self.kv_heads)

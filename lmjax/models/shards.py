@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 Rows = tuple[tuple[str, ...], ...]  # the mesh axes of the batch, and of the length
@@ -62,7 +61,7 @@ def whole(part: jax.Array, where: PartitionSpec) -> jax.Array:
   for dim, axes in enumerate(where):
     for axis in reversed(_axes(axes)):
       part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
-  return checkpoint_name(part, 'gathered')
+  return part
 
 
 def copies(table: jax.Array, names: tuple[str, ...], of: Rows) -> tuple[jax.Array, PartitionSpec]:

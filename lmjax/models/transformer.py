@@ -4,6 +4,7 @@ B batch, L length, D model, N heads.  Vaswani et al., 2017.
 """
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -29,8 +30,15 @@ SIZES = {
 
 BETWEEN = ('batch', 'residual_length', 'embed')  # the residual stream between two parts
 NORM_POSITIONS = ('pre', 'post', 'both')
+
+
+def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: object, **__: object) -> bool:
+  """Kernels are gathered again, and so the reshaped ones, which cost nothing."""
+  return primitive.name not in ('all_gather', 'reshape', 'squeeze', 'transpose')
+
+
 REMAT = {  # name -> what a block keeps for its backward pass, the most first
-  'none': jax.checkpoint_policies.save_anything_except_these_names('gathered'),
+  'none': _all_but_gathered,
   'dots': jax.checkpoint_policies.dots_saveable,
   'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   # All but norms, activations and the product with the weights of attention's output; and, the
