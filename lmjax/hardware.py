@@ -61,9 +61,9 @@ def peak_flops() -> float:
   nan for an accelerator that the table does not know.
   """
   device = jax.devices()[0]
-  chip = chip_of(device)
-  if chip or device.platform != 'cpu':
-    return chip.flops if chip else math.nan
+  known = chip_of(device)
+  if known or device.platform != 'cpu':
+    return known.flops if known else math.nan
   n = 1024
   x = jax.device_put(np.ones((n, n), np.float32))
   product = jax.jit(lambda a: a @ a)  # on all devices of the mesh at once, which share the cores

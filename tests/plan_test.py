@@ -80,6 +80,7 @@ def test_what_has_no_room_says_how_much_it_needs(job):
   assert not entry['fits']
   assert memory['peak'] > memory['temporaries'] > memory['capacity'] == 15.75
   assert entry['step_seconds'] is entry['price'] is None
+  assert set(KEYS) <= set(entry)
 
 
 # What a block keeps for a row, in GiB, and how slow it is.

@@ -65,11 +65,10 @@ def plan(job: Job) -> Entry:
 
   `model_tflop` is what the mathematics asks for, without what the mask hides; `dot_tflop` is what
   the program's products do, and `kernel_tflop` what attention kernels do beside them for the places
-  that the mask lets see (they skip whole blocks only).  Both over
-  what they would be if no product were computed twice is `recomputation`; the optimizer's own
-  products, as Muon has, are in it too.  `wire_gib` is sent, as
-  by rings.  `step_seconds` is the roofline's (see roofline.py); `hours` and `price` are of as many
-  such steps as the run has, without evaluation.
+  that the mask lets see (they skip whole blocks only).  Both over what they would be if no product
+  were computed twice is `recomputation`; the optimizer's own products, as Muon has, are in it too.
+  `wire_gib` is sent, as by rings.  `step_seconds` is the roofline's (see roofline.py); `hours` and
+  `price` are of as many such steps as the run has, without evaluation.
 
   Raises:
     UserError: the experiment cannot run on the topology, or its compiler is not here.

@@ -31,9 +31,8 @@ def measure(job: Job, entry: Entry) -> Entry:
   seconds = []
   for _ in range(STEPS):
     began = time.perf_counter()
-    state, numbers = jax.block_until_ready(step(state, batch))
+    state, _ = jax.block_until_ready(step(state, batch))
     seconds.append(time.perf_counter() - began)
-  del numbers
   median = statistics.median(seconds)
   stats = mesh.devices.flat[0].memory_stats() or {}
   peak = stats.get('peak_bytes_in_use', math.nan) / GIB
