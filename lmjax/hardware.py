@@ -117,6 +117,7 @@ def prepare(names: list[str]) -> None:
   """Before JAX starts: it is to compile for these topologies, not to use what is here."""
   cpus = [int(size) for kind, size in map(_split, names) if kind == 'cpu' and size.isdecimal()]
   jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)  # what is read of programs is kept
   jax.config.update('jax_num_cpu_devices', max([1, *cpus]))
   # Otherwise libtpu asks the network what machine this is, and two cannot compile at once.
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
