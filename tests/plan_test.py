@@ -127,7 +127,9 @@ def test_arms_of_one_program_are_compiled_once(job, monkeypatch):
   compiled = []
   compile_ = jax.stages.Lowered.compile
   monkeypatch.setattr(
-    jax.stages.Lowered, 'compile', lambda self, **options: compiled.append(self) or compile_(self, **options)
+    jax.stages.Lowered,
+    'compile',
+    lambda self, **options: compiled.append(self) or compile_(self, **options),
   )
   sweep = config.product(
     {'model.ffn_dim': [256, 512], 'optimizer.lr': [1e-3, 3e-3], 'seed': [0, 1]}

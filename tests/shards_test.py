@@ -1,5 +1,6 @@
 """Parameters are gathered where they are used, and what travels between devices is no more."""
 
+import functools
 import re
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
 
 from lmjax import sharding, train
-from lmjax.models import heads, layers
+from lmjax.models import heads, layers, shards
+from tests.conftest import tpus
 
 SIZES = dict.fromkeys(sharding.MESH_AXES, 1)
 
@@ -23,7 +26,9 @@ def travels(parts, strategy, sizes, **overrides) -> list[str]:
     like, transform, _ = train.init_state(made, mesh)
     text = train.lower(made, mesh, like, transform).compile().as_text()
   assert 'head.loss' in text
-  sends = lambda line: re.search(r' (all|reduce|coll)-\S+\(', line) and '={{0},' not in line
+  sends = lambda line: (
+    re.search(r' (all-|reduce-scatter|collective-)\S*\(', line) and '={{0},' not in line
+  )
   return [line for line in text.splitlines() if sends(line)]
 
 
@@ -50,10 +55,37 @@ def test_gradients_of_kernels_are_scattered(parts):
   assert not whole
 
 
-def test_gathered_kernels_are_not_kept(parts):
+@pytest.mark.parametrize('step', [1, -1])
+@pytest.mark.parametrize(('n', 'dim'), [(2, 0), (4, 1), (8, 0), (8, 1)])
+def test_a_ring_scatters_the_sum(n, dim, step):
+  """Each device's part of it, as the collective operation has it."""
+  mesh = Mesh(jax.devices()[:n], ('d',))
+  x = jnp.arange(n * 16 * 24, dtype=jnp.float32).reshape(n, 16, 24) ** 2 % 97
+  part = PartitionSpec(*[None] * dim, 'd')
+  on = functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec('d'), out_specs=part)
+  ring = on(lambda x: shards.ring_scatter(x[0], 'd', dim, step))
+  np.testing.assert_array_equal(jax.jit(ring)(x), x.sum(0))
+
+
+def test_gradients_go_round_between_tpus(parts, monkeypatch):
+  """Where a sum of whole kernels and tables would send twice as much."""
+  pytest.importorskip('libtpu')
+  monkeypatch.setattr(jax, 'devices', lambda: tpus('v5e:2x4'))
+  lines = travels(parts, 'fsdp', {'data': 4, 'model': 2}, **{'model.vocab_multiple': 8})
+  assert not [x for x in lines if re.search(r'reduce-scatter\(|all-reduce\(.*dot_general', x)]
+  # One neighbour, or three others; seven parameters over two axes.
+  assert len([x for x in lines if ' collective-permute-start(' in x]) == 7 * (1 + 3)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_gathered_kernels_are_not_kept(parts, monkeypatch, platform):
   """Even where a block keeps all else: four of attention and two more are gathered again."""
+  if platform == 'tpu':
+    pytest.importorskip('libtpu')
+    monkeypatch.setattr(jax, 'devices', lambda: tpus('v5e:2x4'))
   lines = travels(parts, 'fsdp', {'data': 8}, **{'model.depth': 2, 'model.remat': 'none'})
-  assert len([x for x in lines if re.search('rematted.*shard_map/all_gather', x)]) == 6
+  names = {re.search(r'op_name="([^"]*)"', x)[1] for x in lines if ' all-gather(' in x}
+  assert len([name for name in names if re.search('rematted.*all_gather', name)]) == 6
 
 
 def test_a_frequent_token_gets_its_whole_gradient():

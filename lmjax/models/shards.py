@@ -13,6 +13,9 @@ import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from lmjax.models import products
+
+RING = 16  # devices; a longer one spans several dimensions of the torus, and takes its time
 Rows = tuple[tuple[str, ...], ...]  # the mesh axes of the batch, and of the length
 
 
@@ -60,8 +63,33 @@ def whole(part: jax.Array, where: PartitionSpec) -> jax.Array:
   """Inside on_rows: the parameter of which this is the device's part; gradients are scattered."""
   for dim, axes in enumerate(where):
     for axis in reversed(_axes(axes)):
-      part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+      part = _gathered(part, axis, dim)
   return part
+
+
+def _gathered(part: jax.Array, axis: str, dim: int) -> jax.Array:
+  gather = lambda _, part: jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+  if products.platform() != 'tpu' or jax.lax.axis_size(axis) > RING:
+    return gather(None, part)
+  # Half of the parameters go round one way, half the other: links have both.
+  scatter = lambda _, whole: ring_scatter(whole, axis, dim, step=-1 if dim else 1)
+  return jax.custom_derivatives.linear_call(gather, scatter, None, part)
+
+
+def ring_scatter(whole: jax.Array, axis: str, dim: int, step: int = 1) -> jax.Array:
+  """The sum over a mesh axis, of which each device gets a part, from neighbour to neighbour.
+
+  libtpu's own is a sum of the whole, twice as much to send, wherever parts are no whole tiles in
+  the layout that it chose; and nothing else runs meanwhile, as it does beside permutations.
+  """
+  n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  size = whole.shape[dim] // n
+  part = lambda i: jax.lax.dynamic_slice_in_dim(whole, i % n * size, size, dim)
+  sum_ = part(here - step)
+  for behind in range(2, n + 1):
+    sum_ = jax.lax.ppermute(sum_, axis, [(i, (i + step) % n) for i in range(n)])
+    sum_ += part(here - behind * step)
+  return sum_
 
 
 def copies(table: jax.Array, names: tuple[str, ...], of: Rows) -> tuple[jax.Array, PartitionSpec]:

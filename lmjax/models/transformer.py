@@ -34,7 +34,7 @@ NORM_POSITIONS = ('pre', 'post', 'both')
 
 def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: object, **__: object) -> bool:
   """Kernels are gathered again, and so the reshaped ones, which cost nothing."""
-  return primitive.name not in ('all_gather', 'reshape', 'squeeze', 'transpose')
+  return primitive.name not in ('all_gather', 'linear_call', 'reshape', 'squeeze', 'transpose')
 
 
 REMAT = {  # name -> what a block keeps for its backward pass, the most first
