@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,9 @@ BACKWARD = 2.5
 # What nobody knows of a program that has no room.
 UNKNOWN = ('dot_tflop', 'kernel_tflop', 'recomputation', 'hbm_gib', 'wire_gib', 'wire_gib_by_axis')
 UNKNOWN += ('busy_seconds', 'step_seconds', 'bound_by', 'tokens_per_second', 'mfu')
-UNKNOWN += ('hours', 'price', 'largest', 'uncounted_loops')
+UNKNOWN += ('hours', 'price', 'uncounted_loops')
 Entry = dict[str, Any]
+Array = tuple[float, str, str]  # bytes, dtype and shape of what one device has, where it is from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,8 +85,7 @@ def plan(job: Job) -> Entry:
     evaluation = {'fits': True, 'temporaries': 0, 'compile_seconds': 0}
     if step['fits']:
       evaluation = facts.of(evaluate.lower(parts, mesh, like.params), *where)
-  state = sum(_bytes_here(x) for x in jax.tree.leaves(like))
-  return _entry(job, parts, mesh, step, evaluation, state)
+  return _entry(job, parts, mesh, step, evaluation, like)
 
 
 def made(job: Job) -> tuple[experiment.Experiment, Mesh]:
@@ -102,19 +102,17 @@ def made(job: Job) -> tuple[experiment.Experiment, Mesh]:
   return parts, mesh
 
 
-def _bytes_here(x: jax.ShapeDtypeStruct) -> int:
-  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
 def _entry(
   job: Job,
   parts: experiment.Experiment,
   mesh: Mesh,
   step: facts.Facts,
   evaluation: facts.Facts,
-  state: float,
+  like: train.TrainState,
 ) -> Entry:
   chip, model = hardware.chip(job.topology), parts.flops.model / mesh.size
+  held = list(_held(like))
+  state = sum(size for size, _, _ in held)
   arguments = step.get('arguments', state)
   peaks = [
     kept + f.get('outputs', 0) + f['temporaries']
@@ -130,6 +128,7 @@ def _entry(
     'memory_gib': {key: size / GIB for key, size in memory.items()},
     'model_tflop': model / 1e12,
     **dict.fromkeys(UNKNOWN),
+    'largest': _largest([*held, *step.get('largest', [])], like.params, parts.config),
     'compile_seconds': step['compile_seconds'] + evaluation['compile_seconds'],
   }
   return entry | (_work(job, parts, mesh, step) if step['fits'] else {})
@@ -146,6 +145,8 @@ def _work(job: Job, parts: experiment.Experiment, mesh: Mesh, step: facts.Facts)
   seconds = max(busy.values())
   by_kind, by_axis = collections.Counter(), collections.Counter()
   for kind, group, size in step['sent']:
+    if not size:  # among one device
+      continue
     by_kind[kind] += size / GIB
     by_axis[roofline.axes(group, mesh)] += size / GIB
   hours = c['steps'] * seconds / 3600
@@ -164,18 +165,38 @@ def _work(job: Job, parts: experiment.Experiment, mesh: Mesh, step: facts.Facts)
     'mfu': flops.model / n / chip.flops / seconds,
     'hours': hours,
     'price': job.price and job.price * hours * n / chip.per_chip,
-    'largest': [
-      {'gib': size / GIB, 'array': array, 'where': where, 'shrinks': _shrinks(where, array, c)}
-      for size, array, where in step['largest']
-    ],
   }
 
 
-def _shrinks(where: str, array: str, c: Mapping[str, Any]) -> str:
-  """The key of the config that would make a buffer smaller."""
-  square = f'{c["length"]}, {c["length"]}]' in array
-  if square and c['model'].get('attention') == 'reference':
-    return 'model.attention'
-  if c['model'].get('remat', 'full') != 'full' and '/while/' in where and 'head.' not in where:
-    return 'model.remat'
-  return 'micro_batches'
+def _held(like: train.TrainState) -> Iterator[Array]:
+  """Of the state, what a device has of it."""
+  short = {'float32': 'f32', 'bfloat16': 'bf16', 'int32': 's32'}
+  for path, x in jax.tree_util.tree_flatten_with_path(like)[0]:
+    shape = x.sharding.shard_shape(x.shape)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    size, dtype = math.prod(shape) * x.dtype.itemsize, x.dtype.name
+    yield size, f'{short.get(dtype, dtype)}{list(shape)}', name
+
+
+def _largest(arrays: Iterable[Array], params: Any, c: Mapping[str, Any]) -> list[Entry]:
+  """With the key of the config that would shrink each."""
+  leaves = jax.tree.leaves(params)
+  whole = {str([*x.shape]) for x in leaves}
+  parts = {str([*x.sharding.shard_shape(x.shape)]) for x in leaves}
+
+  def shrinks(array: str, where: str) -> str:
+    shape = array[array.index('[') :]
+    if shape in whole:  # it, its gradient or what the optimizer keeps for it
+      return 'sharding.strategy'
+    if shape in parts:
+      return 'sharding.data'
+    if f'{c["length"]}, {c["length"]}]' in array and c['model'].get('attention') == 'reference':
+      return 'model.attention'
+    if c['model'].get('remat', 'full') != 'full' and '/while/' in where and 'head.' not in where:
+      return 'model.remat'
+    return 'micro_batches'
+
+  return [
+    {'gib': size / GIB, 'array': array, 'where': where, 'shrinks': shrinks(array, where)}
+    for size, array, where in sorted(arrays, key=lambda one: -one[0])[:8]
+  ]

@@ -78,7 +78,7 @@ def _details(entry: Entry) -> list[str]:
     ['  sent along ' + ', '.join(f'{a}: {x:.3f} GiB' for a, x in wire.items())] if wire else []
   )
   for buffer in (entry['largest'] or [])[:4]:
-    where = buffer['where'].split('/', 1)[-1] or 'unnamed'
+    where = buffer['where'].removeprefix('jit(step)/') or 'unnamed'
     lines.append(f'  {buffer["gib"]:.3f} GiB {buffer["array"]} {where} ({buffer["shrinks"]})')
   return lines
 

@@ -1,4 +1,4 @@
-"""What to change so that a run has room: recomputation, micro-batches, strategy."""
+"""What to change so that a run has room: strategy, recomputation, micro-batches."""
 
 import math
 from collections.abc import Mapping
@@ -11,45 +11,52 @@ from lmjax.plan import Entry, Job, plan
 
 
 def search(job: Job) -> tuple[Overrides, Entry] | None:
-  """The fastest that fits: overrides of remat, micro-batches and strategy, and its plan.
+  """The fastest that fits: overrides of strategy, remat and micro-batches, and its plan.
 
   Light recomputation first, each with as few micro-batches as have room: their number grows by what
-  is missing.  What keeps less is not tried once something fits undivided, as it is only slower.
+  is missing.  What keeps less is not tried once something fits undivided, as it is only slower, nor
+  where the state alone has no room.
   """
   found = []
   c = config.resolve(config.load(job.spec, job.overrides))
-  for strategy in dict.fromkeys([c['sharding']['strategy'], 'fsdp']):
-    elsewhere = {'sharding.strategy': strategy, 'sharding.data': -1}
-    elsewhere |= {'sharding.model': 1, 'sharding.sequence': 1}
-    base = {} if strategy == c['sharding']['strategy'] else elsewhere
+  for strategy in _strategies(c['sharding']['strategy']):
     for remat in REMAT:
-      overrides, tried = _enough_micro_batches(job, base | {'model.remat': remat}, c)
-      found += [(overrides, tried)] if tried else []
-      if tried and 'micro_batches' not in overrides:
+      overrides, entry = _enough_micro_batches(job, strategy | {'model.remat': remat}, c)
+      if entry is None:
+        continue
+      if entry['fits']:
+        found.append((overrides, entry))
+        if 'micro_batches' not in overrides:
+          break
+      if entry['memory_gib']['arguments'] > entry['memory_gib']['capacity']:
         break
-    if found:
-      return min(found, key=lambda one: one[1]['step_seconds'])
-  return None
+  return min(found, key=lambda one: one[1]['step_seconds'], default=None)
+
+
+def _strategies(own: str) -> list[Overrides]:
+  """The one asked for, and those that need less memory for the state, on as many devices."""
+  less = ['zero', 'fsdp'] if own == 'replicate' else ['fsdp'] if own != 'fsdp' else []
+  mesh = {'sharding.data': -1, 'sharding.sequence': 1, 'sharding.model': 1}
+  return [{}, *({'sharding.strategy': name, **mesh} for name in less)]
 
 
 def _enough_micro_batches(
   job: Job, overrides: Overrides, c: Mapping[str, Any]
 ) -> tuple[Overrides, Entry | None]:
-  micro = c['micro_batches']
-  while True:
+  """The first that fits, or the last that was tried; None where none divides so."""
+  micro, entry = c['micro_batches'], None
+  while micro is not None:
     try:
       entry = plan(job.but(overrides))
     except UserError:  # it does not divide so
-      return overrides, None
+      break
     memory = entry['memory_gib']
-    if entry['fits']:
-      return overrides, entry
     room = memory['capacity'] - memory['arguments']
-    if room <= 0 or memory['peak'] <= memory['capacity']:  # or it is evaluation that has none
-      return overrides, None
+    # Where the step has room and it does not fit, it is evaluation that has none.
+    if entry['fits'] or room <= 0 or memory['peak'] <= memory['capacity']:
+      break
     least = max(micro + 1, micro * memory['temporaries'] / room)
     more = range(math.ceil(least), c['batch'] + 1)
     micro = next((n for n in more if c['batch'] % n == 0), None)
-    if micro is None:
-      return overrides, None
     overrides = overrides | {'micro_batches': micro}
+  return overrides, entry
