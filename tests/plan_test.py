@@ -68,8 +68,8 @@ def test_a_plan_has_its_numbers(job, spec, topology, overrides):
   chips = {'cpu:2': 2, 'v5e:4x4': 16, 'v5e:2x2@2': 8}[topology]
   assert entry['price'] == pytest.approx(2.0 * chips * entry['hours'])
   shrinks = {array['array']: array['shrinks'] for array in entry['largest']}
-  if topology == 'cpu:2':  # where the table and the optimizer's averages are whole
-    assert shrinks['f32[1024, 256]'] == 'sharding.strategy'
+  if topology == 'cpu:2':  # where parameters and the optimizer's averages are whole
+    assert shrinks['f32[2, 1024, 256]'] == 'sharding.strategy'
   else:
     assert set(shrinks.values()) <= {'micro_batches', 'sharding.strategy', 'sharding.data'}
   assert ('@' in topology) == (entry['busy_seconds']['network'] > 0)
