@@ -10,7 +10,7 @@ twenty for each parameter (Hoffmann et al., 2022).
 from lmjax import config
 
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
-  'v5e:16x16': {'sharding.data': 32, 'sharding.model': 8},
+  'v5e:16x16': {'sharding.data': 16, 'sharding.model': 16},
   'v5p:4x4x4': {'sharding.data': 16, 'sharding.model': 4},
   'h100:8': {'micro_batches': 16},
 }

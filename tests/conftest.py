@@ -20,9 +20,8 @@ import tempfile
 
 import jax
 import pytest
-from jax.experimental import topologies
 
-from lmjax import config, experiment
+from lmjax import config, experiment, hardware
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The workers of a run, which inherit the environment, compile each program once.
@@ -39,10 +38,10 @@ WORDS = (
 ).split()
 
 
-def tpus(topology: str, **options) -> list[jax.Device]:
+def tpus(topology: str) -> list[jax.Device]:
   """Devices to compile for, which are not here."""
   pytest.importorskip('libtpu', reason='the compiler for TPUs runs on Linux and x86-64 only')
-  return topologies.get_topology_desc(topology, 'tpu', **options).devices
+  return hardware.devices(topology)
 
 
 def documents(n: int, seed: int = 0) -> list[str]:

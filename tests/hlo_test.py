@@ -132,7 +132,7 @@ def test_collectives_are_bytes_on_the_wire(platform, name):
 
 def test_what_slices_send_each_other_is_no_collective_and_counted():
   """The compiler leaves it to the hosts."""
-  devices = np.array(tpus('v5e:2x2', num_slices=2)).reshape(2, 4)
+  devices = np.array(tpus('v5e:2x2@2')).reshape(2, 4)
   mesh = Mesh(devices, ('slice', 'd'), axis_types=(AxisType.Auto,) * 2)
   f = jax.shard_map(
     lambda x: jax.lax.psum(x, 'slice'),

@@ -80,7 +80,7 @@ def test_hosts_of_cpus_are_no_slices(monkeypatch):
 
 def test_slices_lie_along_replica():
   """Two of eight TPUs each, which are not here."""
-  devices = tpus('v5e:2x4', num_slices=2)
+  devices = tpus('v5e:2x4@2')
   mesh = sharding.make_mesh(EIGHT | {'replica': 2, 'model': 2}, devices)
   assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
   # Neighbours along the innermost axis are neighbours in the torus.
