@@ -42,6 +42,7 @@ CHIPS = {
   'v5p': Chip('TPU v5', 459e12, 95.74 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, 3, 4),
   'v6e': Chip('TPU v6 lite', 918e12, 31.25 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, 2, 16),
   'tpu7x': Chip('TPU7x', 1153.5e12, 94.75 * GIB, 3690 * GB, 300 * GB, 6.25 * GB, 3, 4, 2),
+  'a100-40gb': Chip('NVIDIA A100-SXM4-40GB', 312e12, 39.4 * GIB, 1555 * GB, 300 * GB, 25 * GB),
   'a100': Chip('NVIDIA A100', 312e12, 79.3 * GIB, 2039 * GB, 300 * GB, 25 * GB),
   'h100': Chip('NVIDIA H100', 989e12, 79.1 * GIB, 3352 * GB, 450 * GB, 50 * GB),
   'h200': Chip('NVIDIA H200', 989e12, 139.8 * GIB, 4800 * GB, 450 * GB, 50 * GB),
@@ -50,7 +51,9 @@ BY_HOST = 8  # GPUs
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-  """None where nobody knows it, as for CPUs."""
+  """None where nobody knows it, as for CPUs and for boards that do less than those in the table."""
+  if re.search('PCIe|NVL', device.device_kind, re.IGNORECASE):
+    return None
   known = (chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind))
   return max(known, key=lambda chip: len(chip.kind), default=None)
 
@@ -90,7 +93,8 @@ def chip(topology: str) -> Chip:
   here = jax.devices()
   if kind == 'here' and here[0].platform != 'cpu':
     if found := chip_of(here[0]):
-      return dataclasses.replace(found, memory=here[0].memory_stats()['bytes_limit'])
+      limit = (here[0].memory_stats() or {}).get('bytes_limit', found.memory)
+      return dataclasses.replace(found, memory=limit)
     raise UserError(f'nobody has written down what a {here[0].device_kind} can do')
   n, x, y = int(size or len(here)), np.ones(1 << 24), np.ones(1 << 24)
   bandwidth = 2 * x.nbytes / min(timeit.repeat(lambda: np.copyto(y, x), number=1, repeat=5)) / n
@@ -100,7 +104,11 @@ def chip(topology: str) -> Chip:
 
 def _share_of_gpu() -> float:
   """Of its memory, as JAX takes it when it starts."""
-  return float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75))
+  names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')  # now, and before
+  share = next((os.environ[name] for name in names if name in os.environ), '0.75')
+  if not re.fullmatch(r'\d*\.?\d+', share):
+    raise UserError(f'XLA_CLIENT_MEM_FRACTION = {share} is no share like 0.75')
+  return float(share)
 
 
 def compiler(topology: str) -> str:
@@ -168,6 +176,7 @@ def _tpus(name: str, kind: str, size: str) -> list[jax.Device]:
 
 # kind -> what the compiler asks of it: capability, processors, clock in GHz, shared memory of each.
 GPUS = {
+  'a100-40gb': ('major: 8', 108, 1.41, 166_912),
   'a100': ('major: 8', 108, 1.41, 166_912),
   'h100': ('major: 9 feature_extension: ACCELERATED_FEATURES', 132, 1.98, 232_448),
   'h200': ('major: 9 feature_extension: ACCELERATED_FEATURES', 132, 1.98, 232_448),
@@ -202,7 +211,7 @@ def _gpus(name: str, kind: str, size: str) -> list[jax.Device]:
     clock=clock,
     memory=chip.memory,
     bandwidth=chip.bandwidth,
-    cache=(40 if kind == 'a100' else 50) * 2**20,
+    cache=(40 if kind.startswith('a100') else 50) * 2**20,
     shared=shared,
     all_shared=shared + 1024,
   )

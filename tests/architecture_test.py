@@ -19,7 +19,7 @@ FLOORS = [
     [
       *('schema', 'config', 'rollcall', 'processes', 'command', 'metrics', 'hardware', 'roofline'),
       'profiler',
-      *('hlo', 'hlo.text', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
+      *('hlo', 'hlo.text', 'hlo.collectives', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
     ],
   ],
   [

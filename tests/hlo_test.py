@@ -174,6 +174,13 @@ def test_collectives_that_are_begun_and_awaited_are_counted_once():
   found = {cost.kind: cost.total for cost in Program(BEGUN).collectives}
   shares = {'all-gather': 0.75, 'all-reduce': 1.5, 'reduce-scatter': 0.75}
   assert found == {kind: size * share for kind, share in shares.items()}
+  # A quarter and the whole, the whole twice in the sum, and flags are no data.
+  moved = {cost.kind: cost.total for cost in Program(BEGUN).moves}
+  assert moved == {
+    'all-gather-start': 1.25 * size,
+    'all-reduce-start': 2 * size,
+    'reduce-scatter-start': 1.25 * size,
+  }
   # Gathered, and summed in place; what is returned lies where the caller wants it.
   assert [b.array.dims for b in buffers.at_peak(BEGUN)] == [(16, 8), (64,)]
 
@@ -202,6 +209,57 @@ def test_the_largest_buffers_are_those_that_the_backward_pass_needs(platform):
   assert 'while' in found[0].where or 'broadcast' in found[0].where
   peak, temporaries = sum(b.bytes for b in found), c.memory_analysis().temp_size_in_bytes
   assert 0.8 * temporaries < peak < 1.25 * temporaries
+
+
+def test_a_permutation_is_what_is_sent_between_those_that_differ():
+  """Of two arrays, when the first device keeps its own."""
+  text = """HloModule two, num_partitions=4
+
+ENTRY %main (a: f32[4,8], b: f32[16]) -> (f32[4,8], f32[16]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %p = ((f32[4,8]{1,0}, f32[16]{0}), (f32[4,8]{1,0}, f32[16]{0}), u32[], u32[]) collective-permute-start(%a, %b), source_target_pairs={{0,0},{1,2},{2,3},{3,1}}
+  ROOT %d = (f32[4,8]{1,0}, f32[16]{0}) collective-permute-done(%p)
+}
+"""  # noqa: E501
+  (cost,) = Program(text).collectives
+  assert (cost.total, cost.group) == (4 * (32 + 16), (1, 2))
+  assert total(Program(text).moves) == 2 * 4 * (32 + 16)
+
+
+def test_a_loop_whose_first_turn_stands_before_it_is_counted_once_less():
+  """As libtpu does it where slices send each other something in the turns."""
+  text = """HloModule peeled
+
+%body (x: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %x = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %a = f32[8,8]{1,0} get-tuple-element(%x), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %b = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %y = (s32[], f32[8,8]{1,0}) tuple(%next, %b)
+}
+
+%cond (x: (s32[], f32[8,8])) -> pred[] {
+  %x = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %n = s32[] constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
+  %a = f32[8,8]{1,0} parameter(0)
+  %first = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %one = s32[] constant(1)
+  %begin = s32[] copy(%one)
+  %t = (s32[], f32[8,8]{1,0}) tuple(%begin, %first)
+  ROOT %loop = (s32[], f32[8,8]{1,0}) while(%t), condition=%cond, body=%body
+}
+"""
+  found = Program(text)
+  assert not found.uncounted
+  assert total(found.products) == 12 * 2 * 8**3
 
 
 def test_memory_of_a_tpu_is_what_its_arrays_need(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lmjax import hardware, roofline, sharding
+from lmjax.config import UserError
 from tests.conftest import tpus
 
 SIZES = dict.fromkeys(sharding.MESH_AXES, 1)
@@ -38,11 +39,44 @@ def test_products_and_memory_at_the_makers_word():
   assert busy == {'compute': 1, 'memory': 2, 'links': 0, 'network': 0}
 
 
-@pytest.mark.parametrize('kind', hardware.CHIPS)
-def test_a_chip_is_known_by_its_kind(kind):
-  chip = hardware.CHIPS[kind]
-  stub = type('', (), {'device_kind': f'{chip.kind} 80GB' if chip.dims == 1 else chip.kind})
-  assert hardware.chip_of(stub) is chip
+@pytest.mark.parametrize(
+  ('kind', 'name'),
+  [
+    *((chip.kind, name) for name, chip in hardware.CHIPS.items() if chip.dims > 1),
+    ('NVIDIA A100-SXM4-80GB', 'a100'),
+    ('NVIDIA A100-SXM4-40GB', 'a100-40gb'),
+    ('NVIDIA H100 80GB HBM3', 'h100'),
+    ('NVIDIA H200', 'h200'),
+    ('NVIDIA H100 PCIe', None),  # 756 TFLOP/s
+    ('NVIDIA H100 NVL', None),
+    ('NVIDIA L4', None),
+    ('cpu', None),
+  ],
+)
+def test_a_chip_is_known_by_its_kind(kind, name):
+  stub = type('', (), {'device_kind': kind})
+  assert hardware.chip_of(stub) is hardware.CHIPS.get(name)
+
+
+@pytest.mark.parametrize(
+  ('setting', 'share'),
+  [
+    ({}, 0.75),
+    ({'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5'}, 0.5),
+    ({'XLA_CLIENT_MEM_FRACTION': '.9', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5'}, 0.9),
+  ],
+)
+def test_jax_takes_a_share_of_a_gpu(monkeypatch, setting, share):
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in setting.items():
+    monkeypatch.setenv(name, value)
+  hardware.chip.cache_clear()
+  assert hardware.chip('h100:8').memory == share * hardware.CHIPS['h100'].memory
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '90%')
+  hardware.chip.cache_clear()
+  with pytest.raises(UserError, match='90% is no share'):
+    hardware.chip('h100:8')
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def _value(
     return [None] * len(inst.results)
   if inst.op == 'tuple':
     return [buffer for value in operands for buffer in value]
-  if inst.op in ('while', 'bitcast', 'optimization-barrier'):
+  if inst.op in ('while', 'bitcast', 'opt-barrier'):
     return operands[0]
   if inst.op == 'get-tuple-element':
     return [operands[0][int(inst.find(r'index=(\d+)'))]]

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lmjax.hlo.text import Array, Computation, Computations, Instruction, parse
+from lmjax.hlo import collectives
+from lmjax.hlo.text import Computation, Computations, Instruction, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Program:
     for inst in computation.values():
       if inst.op in ('while', 'call', 'conditional', 'async-start'):
         for called in inst.called:  # of a conditional, all branches
-          self._walk(called, times * (self._trips(inst) if inst.op == 'while' else 1))
+          again = self._trips(inst, computation) if inst.op == 'while' else 1
+          self._walk(called, times * again)
         continue
       for inside, around in self._deep(inst, computation):
         self._count(inside, around, times)
@@ -76,39 +78,36 @@ class Program:
       for inside in self._computations[name].values():
         yield from self._deep(inside, self._computations[name])
 
-  def _trips(self, inst: Instruction) -> int:
-    known = inst.find(r'"known_trip_count":\{"n":"(\d+)"')
+  def _trips(self, loop: Instruction, around: Computation) -> int:
+    known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
       return int(known)
-    # libtpu does not write it down: its counters run from 0 to the constant they are compared with.
-    condition = self._computations[inst.find(r'condition=%([\w.-]+)')]
-    constants = [x.args for x in condition.values() if x.op == 'constant']
-    if len(constants) != 1 or not constants[0].isdecimal():
-      self.uncounted.append(inst.name)
+    # libtpu does not write it down: a counter runs by one from a constant to the one that it is
+    # compared with.  It begins with 1 where the first turn stands before the loop.
+    condition = self._computations[loop.find(r'condition=%([\w.-]+)')]
+    compared = [condition[name] for name in next(reversed(condition.values())).operands]
+    index = next((x.find(r'index=(\d+)') for x in compared if x.op == 'get-tuple-element'), '')
+    carried = around[loop.operands[0]]
+    begin = around[carried.operands[int(index)]] if index and carried.op == 'tuple' else carried
+    while begin.op == 'copy':
+      begin = around[begin.operands[0]]
+    ends = [x.args for x in [begin, *condition.values()] if x.op == 'constant']
+    if len(ends) != 2 or not all(map(str.isdecimal, ends)):
+      self.uncounted.append(loop.name)
       return 1
-    return int(constants[0])
+    return int(ends[1]) - int(ends[0])
 
   def _count(self, inst: Instruction, around: Computation, times: int) -> None:
-    kind, where = inst.op.removesuffix('-start'), _where(inst)
+    where = _where(inst)
     if inst.op == 'dot' or inst.target.startswith('__cublas$'):
       self.products.append(Cost('dot', _dot_flops(inst, around), times, where))
     elif inst.op == 'convolution':
       self.products.append(Cost('convolution', _convolution_flops(inst, around), times, where))
     elif inst.target in _KERNELS or inst.target.startswith('__cudnn$'):
       self.kernels.append(Cost(inst.target, 1, times, where))
-    elif inst.op == 'send' and inst.find('(_xla_megascale_transfer_type)'):
-      group = _over_slices(inst)
-      kind = inst.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace('_', '-')
-      self.collectives.append(
-        Cost(
-          kind, inst.results[0].bytes * _SENT_BETWEEN_SLICES[kind](len(group)), times, where, group
-        )
-      )
-    # libtpu spreads one over the fusions that hide it; the first of its parts says where it starts.
-    elif kind in _SENT and inst.find(r'"flag_start":"([^"]*)"') in ('', '-1'):
-      group = _group(inst.rest, self._devices)
-      sent = _SENT[kind](_made(inst), len(group))
-      self.collectives.append(Cost(kind, sent, times, where, group))
+    elif sent := collectives.sent(inst, self._devices):
+      kind, size, group = sent
+      self.collectives.append(Cost(kind, size, times, where, group))
 
 
 def _where(inst: Instruction) -> str:
@@ -154,7 +153,7 @@ def _convolution_flops(inst: Instruction, around: Computation) -> float:
 
 _FREE = {  # they move nothing, or what they do move is counted elsewhere
   *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'iota'),
-  *('partition-id', 'replica-id', 'optimization-barrier', 'async-done', 'async-update'),
+  *('partition-id', 'replica-id', 'opt-barrier', 'async-done', 'async-update'),
   *('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding'),
 }
 
@@ -175,6 +174,8 @@ def _moved(inst: Instruction, around: Computation, others: Computations) -> floa
     for i, name in enumerate(inst.operands)
     if not any(x.space for x in around[name].results)
   )
+  if inst.op.endswith('-start'):
+    return read + sum(x.bytes for x in collectives.made(inst) if not x.space)
   written = [
     size
     for x, size in zip(inst.results, _written(inst, around, others), strict=True)
@@ -227,74 +228,3 @@ def _written(inst: Instruction, around: Computation, others: Computations) -> li
     inside = others[inst.called[0]]
     return _written(next(reversed(inside.values())), inside, others)
   return [x.bytes for x in inst.results]
-
-
-# ----------------------------------------------------------------------------------- collectives
-
-
-def _made(inst: Instruction) -> tuple[Array, ...]:
-  """The results without the operands that stand before them where it is only begun."""
-  n = len(inst.operands)
-  begun = inst.op.endswith('-start') and len(inst.results) > n
-  return inst.results[n : 2 * n] if begun else inst.results
-
-
-_SENT_BETWEEN_SLICES = {  # times what is handed over
-  'all-gather': lambda n: n - 1,
-  'all-reduce': lambda n: 2 * (n - 1) / n,
-  'reduce-scatter': lambda n: (n - 1) / n,
-  'all-to-all': lambda n: (n - 1) / n,
-  'one-to-one': lambda n: 1,
-}
-_SENT = {  # bytes that a device of a group of n sends
-  'all-gather': lambda results, n: sum(x.bytes for x in results) * (n - 1) / n,
-  'all-reduce': lambda results, n: 2 * sum(x.bytes for x in results) * (n - 1) / n,
-  'reduce-scatter': lambda results, n: sum(x.bytes for x in results) * (n - 1),
-  'all-to-all': lambda results, n: sum(x.bytes for x in results) * (n - 1) / n,
-  'collective-permute': lambda results, n: results[0].bytes,
-  'collective-broadcast': lambda results, n: results[0].bytes,
-}
-
-
-def _group(rest: str, devices: int) -> tuple[int, ...]:
-  """The devices of the first group: a list, a tiling, or axes of a mesh."""
-  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', rest)
-  if listed:
-    return tuple(map(int, listed[1].split(',')))
-  tiled = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest)
-  mesh = re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}', rest
-  )
-  if tiled:
-    ids = _tiles(tiled[2], tiled[3]).reshape(_ints(tiled[1]))
-    return tuple(map(int, ids[0]))
-  if mesh:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    order = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', mesh[2] or '')
-    ids = _tiles(order[1], order[2]) if order else np.arange(devices)
-    ids = ids.reshape([int(n) for n in sizes.values()])
-    axes = re.findall(r"'(\w+)'", mesh[3])
-    index = tuple(slice(None) if axis in axes else 0 for axis in sizes)
-    return tuple(map(int, ids[index].ravel()))
-  return tuple(range(devices))
-
-
-def _over_slices(inst: Instruction) -> tuple[int, ...]:
-  """The first device of every slice, from a target like '{1,2}x{0:3}': slices, their devices."""
-  slices, devices = re.search(r'_xla_megascale_target="{(.*?)}x{(.*?)}"', inst.rest).groups()
-  return tuple(i * _count(devices) for i in range(_count(slices)))
-
-
-def _count(listed: str) -> int:
-  """Of '1,2' and of '0:1' there are two."""
-  ends = [[int(n) for n in part.split(':')] for part in listed.split(',')]
-  return sum(part[-1] - part[0] + 1 for part in ends)
-
-
-def _ints(text: str) -> list[int]:
-  return [int(n) for n in text.split(',')]
-
-
-def _tiles(dims: str, order: str | None) -> np.ndarray:
-  ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
-  return ids.transpose(_ints(order)) if order else ids

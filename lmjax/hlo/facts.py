@@ -65,11 +65,10 @@ def _asked_for(error: str) -> float:
   Raises:
     UserError: it was no room in the device's memory that was missing.
   """
-  number = r'([\d.]+)([KMGT])'
-  found = re.search(rf'\({number}\) exceeds available HBM|Used {number} of \S+ hbm', error)
+  found = re.search(r'HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM', error)
   if not found:
     raise UserError(f'the compiler gives up: {error.splitlines()[0]}')
-  size, unit = [part for part in found.groups() if part]
+  size, unit = found.groups()
   return float(size) * 1024 ** ('KMGT'.index(unit) + 1)
 
 
