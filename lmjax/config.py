@@ -150,18 +150,19 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None
 def arms(spec: str) -> list[Overrides]:
   """The overrides of every arm of the file's sweep(); a UserError where it has none."""
   with _opened(spec) as module:
-    if not hasattr(module, 'sweep'):
-      raise UserError(f'{spec} has no sweep()')
-    found = module.sweep()
-  if not (isinstance(found, list) and all(isinstance(arm, dict) for arm in found)):
-    raise UserError(f'sweep() of {spec} does not return a list of overrides')
+    found = module.sweep() if hasattr(module, 'sweep') else None
+  if not (isinstance(found, list) and found and all(isinstance(arm, dict) for arm in found)):
+    raise UserError(f'{spec} has no sweep() that returns a list of overrides')
   return found
 
 
 def meant_for(spec: str) -> dict[str, Overrides]:
   """The file's TOPOLOGIES: where the experiment is meant to run -> what it needs there."""
   with _opened(spec) as module:
-    return getattr(module, 'TOPOLOGIES', {})
+    meant = getattr(module, 'TOPOLOGIES', {})
+  if not isinstance(meant, dict):
+    raise UserError(f'TOPOLOGIES of {spec} is no dict of overrides')
+  return meant
 
 
 def _experiment(spec: str) -> ConfigDict:

@@ -26,7 +26,7 @@ def make_step(parts: Experiment) -> Callable:
 
 def lower(parts: Experiment, mesh: Mesh, params: Any) -> jax.stages.Lowered:
   """The step for such parameters, ready to be compiled."""
-  batch, strategy = parts.abstract_batch(), parts.config['sharding']['strategy']
+  batch, strategy = parts.abstract_batch(train=False), parts.config['sharding']['strategy']
   places = sharding.batch_shardings(batch, mesh, strategy)
   return make_step(parts).lower(params, sharding.placed(batch, places))
 
@@ -85,7 +85,7 @@ def check_best(parts: Experiment) -> None:
       f'of evaluate.every = {c["evaluate"]["every"]}, so that every checkpoint is evaluated'
     )
   terms, numbers = jax.eval_shape(
-    make_step(parts), nn.unbox(parts.boxed_shapes()), parts.abstract_batch()
+    make_step(parts), nn.unbox(parts.boxed_shapes()), parts.abstract_batch(train=False)
   )
   names = ['loss', *terms, *numbers, *(['perplexity'] if 'xent' in numbers else [])]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []

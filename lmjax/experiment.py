@@ -100,13 +100,13 @@ class Experiment:
       raise UserError(f'{self.sources[name].spec} is too short for a single example')
     return made
 
-  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+  def abstract_batch(self, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a global batch, which are those of any text's."""
     c, t = self.config, self.tokenizer
     document = [np.flatnonzero(~t.special)[0]] * 8 + [t.eos]
     tokens, starts = np.array(document * 2), np.array([0, 9, 18])
     rows = self.objective.examples(
-      store.Store([tokens], starts, starts[:-1], 16, ''), t, c['length'], c['seed']
+      store.Store([tokens], starts, starts[:-1], 16, ''), t, c['length'], c['seed'], train
     )(np.zeros(1, np.int64), np.zeros(1, np.int64))
     shape = lambda x: jax.ShapeDtypeStruct((self.config['batch'], *x.shape[1:]), x.dtype)
     return jax.tree.map(shape, rows)

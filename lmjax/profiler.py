@@ -26,6 +26,8 @@ class Window:
 
   def __exit__(self, *_: object) -> None:
     self._open.close()
+    if self._last and not self._tracing:
+      print(f'no trace: the run did not come to the steps {self._first} to {self._last}')
 
   def before(self, step: int) -> None:
     # A run that is resumed in the window traces what is left of it.

@@ -96,7 +96,10 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   c = parts.config
   boxed = parts.boxed_shapes()
   transform = parts.optimizer.transform(sharding.axis_names(boxed), c['steps'])
-  batch = parts.abstract_batch()
+  batch, strategy = parts.abstract_batch(), c['sharding']['strategy']
+  # What does not divide is said here, and not by a shard_map of the model.
+  of_params = sharding.param_shardings(boxed, mesh, strategy)
+  beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
 
   def make() -> TrainState:
     rng, params_rng = jax.random.split(jax.random.key(c['seed']))
@@ -107,9 +110,6 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   shapes = jax.eval_shape(make)
   everywhere = NamedSharding(mesh, PartitionSpec())
   places = jax.tree.map(lambda _: everywhere, shapes)
-  strategy = c['sharding']['strategy']
-  of_params = sharding.param_shardings(boxed, mesh, strategy)
-  beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
   of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
   places = places.replace(params=of_params, opt_state=of_state)
   return sharding.placed(shapes, places), transform, jax.jit(make, out_shardings=places)
@@ -159,6 +159,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
   mesh, strategy = sharding.make_mesh(c['sharding']), c['sharding']['strategy']
   sharding.check_mesh(mesh, strategy)
   sharding.check_batch(c, mesh)
+  if jax.config.jax_disable_jit and 'tensor' in strategy and 1 < mesh.shape['model'] < mesh.size:
+    raise UserError('--debug cannot leave a part of the devices to the compiler: sharding.data=1')
   if c['tokenizer'].get('vocab_size'):  # what cannot lie there: said before a tokenizer is made
     _share_whole(init_state(experiment.sketch(c), mesh)[0], mesh, c)
   digests = parts.digests

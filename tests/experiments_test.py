@@ -51,7 +51,6 @@ def lowered(spec: str, topology: str, **overrides):
   strategy = parts.config['sharding']['strategy']
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, _ = train.init_state(parts, mesh)
-    sharding.unsharded(like.params, mesh, strategy, parts.config['sharding']['max_unsharded'])
     return train.lower(parts, mesh, like, transform)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from lmjax import config, plan
 from lmjax.config import UserError
+from lmjax.plan import __main__ as plan_main
 from lmjax.plan import search as search_lib
 
 SMALL = {'model.depth': 2, 'model.dim': 256, 'model.heads': 4, 'tokenizer.vocab_size': 1024}
@@ -99,15 +100,19 @@ KEPT = {'none': (10, 1.0), 'dots': (5, 1.1), 'dots_no_batch': (3, 1.15), 'attend
 KEPT |= {'projections': (2, 1.2), 'full': (0.5, 1.3)}
 
 
-@pytest.mark.parametrize('room', [400, 170, 100, 60, 20, 9, 6, 2, 0.3])
-def test_the_fastest_that_fits_is_found(job, monkeypatch, room):
+@pytest.mark.parametrize(
+  ('topology', 'batch', 'room'),
+  [('cpu:1', 30, room) for room in (400, 170, 100, 60, 20, 9, 6, 2, 0.3)]
+  + [('cpu:8', 72, room) for room in (400, 50, 20, 4)],  # which 2, 4 and 6 do not divide
+)
+def test_the_fastest_that_fits_is_found(job, monkeypatch, topology, batch, room):
   """Of programs whose memory and time are known by heart, beside all that could be asked for."""
-  asked = job('experiments/shakespeare_char.py:cpu', 'cpu:1', batch=30)
+  asked = job('experiments/shakespeare_char.py:cpu', topology, batch=batch)
+  counts = [n for n in range(1, batch + 1) if batch % (n * int(topology[-1])) == 0]
 
   def pretend(job):
     c = config.resolve(config.load(job.spec, job.overrides))
-    if c['batch'] % c['micro_batches']:
-      raise UserError('does not divide')
+    assert c['micro_batches'] in counts
     each, slow = KEPT[c['model']['remat']]
     temporaries = each * c['batch'] / c['micro_batches']
     arguments, slower = {'replicate': (5, 0), 'zero': (2, 0.02), 'fsdp': (0.6, 0.1)}[
@@ -120,7 +125,7 @@ def test_the_fastest_that_fits_is_found(job, monkeypatch, room):
     return {'fits': fits, 'memory_gib': memory, 'step_seconds': seconds if fits else math.inf}
 
   monkeypatch.setattr(search_lib, 'plan', pretend)
-  axes = {'model.remat': KEPT, 'micro_batches': [n for n in range(1, 31) if 30 % n == 0]}
+  axes = {'model.remat': KEPT, 'micro_batches': counts}
   arms = config.product({'sharding.strategy': ['replicate', 'zero', 'fsdp']}, axes)
   best = min((pretend(asked.but(arm)) for arm in arms), key=lambda entry: entry['step_seconds'])
   found = search_lib.search(asked)
@@ -158,6 +163,10 @@ def test_jobs(tmp_path):
   assert found[0].command.startswith('experiments/gpt2.py:small --config.sharding.data=4 ')
   arms = list(plan.jobs(['experiments/ablations/mask_rate.py'], ['cpu:2'], {}, True, None))
   assert len(arms) == len(config.arms('experiments/ablations/mask_rate.py'))
+  wrong = tmp_path / 'y.py'
+  wrong.write_text('TOPOLOGIES = ("cpu:1",)\n')
+  with pytest.raises(UserError, match='TOPOLOGIES of'):
+    list(plan.jobs([str(wrong)], [], {}, False, None))
   nowhere = tmp_path / 'x.py'
   nowhere.write_text('from lmjax import config\nget_config = config.base\n')
   with pytest.raises(UserError, match='say where with --topology'):
@@ -191,6 +200,45 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert f'{entry["tokens_per_second"]:,.0f}' in done.stdout
 
 
+def test_mistakes_of_any_arm_are_said_before_anything_is_compiled(tmp_path):
+  """That no kernel runs on a CPU is found with the model."""
+  sweep = tmp_path / 'arms.py'
+  sweep.write_text(
+    'from experiments.quickstart import *\n'
+    'def sweep():\n'
+    '  return [{"model.attention": x} for x in ("auto", "splash", "reference")]\n'
+  )
+  done = command(f'--config={sweep}', '--sweep', '--topology=cpu:1', code=2)
+  assert 'model.attention = "splash" cannot be' in done.stderr
+  assert 'compiling' not in done.stderr
+
+
+def test_one_that_cannot_be_compiled_does_not_lose_the_others(job, monkeypatch, capsys):
+  def pretend(job):
+    if job.topology == 'v5p:2x2x1':
+      raise UserError('the compiler gives up')
+    return {'fits': True, 'topology': job.topology}
+
+  monkeypatch.setattr(plan_main, 'plan', pretend)
+  todo = [job('experiments/quickstart.py', where) for where in ('cpu:1', 'v5p:2x2x1', 'cpu:2')]
+  entries, errors = plan_main.planned(todo, measured=False)
+  assert [entry['topology'] for entry in entries] == ['cpu:1', 'cpu:2']
+  assert len(errors) == 1
+  assert 'is not planned for v5p:2x2x1: the compiler gives up' in capsys.readouterr().err
+
+
+def test_measured_beside_predicted(tmp_path):
+  out = tmp_path / 'plan.json'
+  small = ('--config.model.depth=1', '--config.batch', '8', '--config.length=32')
+  args = ('--config=experiments/quickstart.py', '--measure', f'--json={out}', *small)
+  done = command(*args, f'--config.cache={tmp_path}')
+  (entry,) = json.loads(out.read_text())
+  seen = entry['measured']
+  assert 0 < entry['step_seconds'] < 100 * seen['step_seconds']
+  assert seen['tokens_per_second'] == pytest.approx(8 * 32 / seen['step_seconds'])
+  assert 'measured: ' in done.stdout
+
+
 @pytest.mark.parametrize(
   ('args', 'said'),
   [
@@ -201,6 +249,15 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     (['--config=experiments/quickstart.py', '--topologie=cpu:1'], 'topologie'),
     (['--config=experiments/quickstart.py', '--json=/nowhere/x.json'], 'no directory /nowhere'),
     (['--config=experiments/quickstart.py', '--topology=here'], 'with --measure'),
+    (['--config=experiments/quickstart.py', '--json=/'], '--json=/ is a directory'),
+    (['--config=experiments/quickstart.py', '--price_per_chip_hour=-1'], 'price_per_chip_hour'),
+    (
+      [
+        *('--config=experiments/quickstart.py', '--topology=cpu:5', '--config.batch=10'),
+        '--config.sharding.strategy=fsdp',
+      ],
+      'its dimension "embed" of 192 does not divide over 5 devices',
+    ),
     (
       ['--config=experiments/quickstart.py', '--topology=cpu:3', '--config.sharding.data=3'],
       'batch = 16 does not divide',

@@ -23,6 +23,7 @@ from lmjax import (
   experiment,
   generate,
   metrics,
+  profiler,
   optimizer,
   record,
   sharding,
@@ -151,6 +152,23 @@ def test_a_window_of_steps_is_traced(tiny, tmp_path):
     with pytest.raises(UserError, match=f'--profile={wrong}'):
       train.run(c, str(tmp_path / 'other'), profile=wrong)
   assert not (tmp_path / 'other').exists()
+
+
+def test_a_window_that_was_before_is_said_to_be(tmp_path, capsys):
+  """As in a run that is resumed after it."""
+  with profiler.Window('1:2', tmp_path / 'profile', most=6) as window:
+    for step in (4, 5, 6):
+      window.before(step)
+      window.after(step, ())
+  assert 'no trace: the run did not come to the steps 1 to 2' in capsys.readouterr().out
+  assert not (tmp_path / 'profile').exists()
+
+
+def test_eager_products_over_a_part_of_the_devices_are_refused(tiny, tmp_path):
+  c = tiny(**{'sharding.strategy': 'fsdp+tensor', 'sharding.data': 4, 'sharding.model': 2})
+  c['model'] |= {'vocab_multiple': 2}
+  with jax.disable_jit(), pytest.raises(UserError, match='--debug cannot leave a part'):
+    train.run(c, str(tmp_path / 'run'))
 
 
 def test_evaluate_says_what_the_run_said(finished):

@@ -79,7 +79,6 @@ def plan(job: Job) -> Entry:
   speech = contextlib.redirect_stdout(sys.stderr)  # such as which kernel it will be
   with speech, jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, _ = train.init_state(parts, mesh)
-    sharding.unsharded(like.params, mesh, strategy, parts.config['sharding']['max_unsharded'])
     where = job.topology, parts.config['cache']
     step = facts.of(train.lower(parts, mesh, like, transform), *where)
     evaluation = {'fits': True, 'temporaries': 0, 'compile_seconds': 0}
@@ -97,8 +96,11 @@ def made(job: Job) -> tuple[experiment.Experiment, Mesh]:
   c = config.resolve(config.load(job.spec, job.overrides))
   parts = experiment.sketch(c)
   mesh = sharding.make_mesh(c['sharding'], hardware.devices(job.topology))
-  sharding.check_mesh(mesh, c['sharding']['strategy'])
+  strategy, most = c['sharding']['strategy'], c['sharding']['max_unsharded']
+  sharding.check_mesh(mesh, strategy)
   sharding.check_batch(c, mesh)
+  sharding.unsharded(parts.abstract_params(mesh), mesh, strategy, most)
+  hardware.chip(job.topology)  # that it is known
   return parts, mesh
 
 
@@ -128,7 +130,7 @@ def _entry(
     'memory_gib': {key: size / GIB for key, size in memory.items()},
     'model_tflop': model / 1e12,
     **dict.fromkeys(UNKNOWN),
-    'largest': _largest([*held, *step.get('largest', [])], like.params, parts.config),
+    'largest': _largest([*held, *step.get('largest', [])], like, step, parts.config),
     'compile_seconds': step['compile_seconds'] + evaluation['compile_seconds'],
   }
   return entry | (_work(job, parts, mesh, step) if step['fits'] else {})
@@ -178,21 +180,22 @@ def _held(like: train.TrainState) -> Iterator[Array]:
     yield size, f'{short.get(dtype, dtype)}{list(shape)}', name
 
 
-def _largest(arrays: Iterable[Array], params: Any, c: Mapping[str, Any]) -> list[Entry]:
+def _largest(
+  arrays: Iterable[Array], like: train.TrainState, step: facts.Facts, c: Mapping[str, Any]
+) -> list[Entry]:
   """With the key of the config that would shrink each."""
-  leaves = jax.tree.leaves(params)
-  whole = {str([*x.shape]) for x in leaves}
-  parts = {str([*x.sharding.shard_shape(x.shape)]) for x in leaves}
+  whole = {str([*x.shape]) for x in jax.tree.leaves(like)}
+  parts = {str([*x.sharding.shard_shape(x.shape)]) for x in jax.tree.leaves(like)}
 
   def shrinks(array: str, where: str) -> str:
     shape = array[array.index('[') :]
-    if shape in whole:  # it, its gradient or what the optimizer keeps for it
+    if shape in whole:  # a parameter, its gradient, or what the optimizer keeps for it
       return 'sharding.strategy'
     if shape in parts:
       return 'sharding.data'
-    if f'{c["length"]}, {c["length"]}]' in array and c['model'].get('attention') == 'reference':
+    if f'{c["length"]}, {c["length"]}]' in array and not step['kernel_runs']:
       return 'model.attention'
-    if c['model'].get('remat', 'full') != 'full' and '/while/' in where and 'head.' not in where:
+    if c['model']['remat'] != 'full' and '/while/' in where and 'head.' not in where:
       return 'model.remat'
     return 'micro_batches'
 

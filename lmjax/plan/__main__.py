@@ -77,17 +77,22 @@ def _details(entry: Entry) -> list[str]:
   lines += (
     ['  sent along ' + ', '.join(f'{a}: {x:.3f} GiB' for a, x in wire.items())] if wire else []
   )
-  for buffer in (entry['largest'] or [])[:4]:
+  for buffer in entry['largest'][:4]:
     where = buffer['where'].removeprefix('jit(step)/') or 'unnamed'
     lines.append(f'  {buffer["gib"]:.3f} GiB {buffer["array"]} {where} ({buffer["shrinks"]})')
   return lines
 
 
 def _split(argv: list[str]) -> tuple[Overrides, list[str]]:
-  """The values of --config.KEY=VALUE as they are written, and the other arguments."""
-  ours = [argument for argument in argv if re.match('--?config[.].*=', argument)]
-  pairs = (argument.lstrip('-').removeprefix('config.').split('=', 1) for argument in ours)
-  return dict(pairs), [x for x in argv if x not in ours]
+  """The values of --config.KEY=VALUE, or KEY VALUE, as they are written; the other arguments."""
+  ours, rest, words = {}, [], iter(argv)
+  for word in words:
+    found = re.fullmatch(r'--?config[.]([^=]+)(=.*)?', word, re.DOTALL)
+    if found:
+      ours[found[1]] = found[2][1:] if found[2] else next(words, '')
+    else:
+      rest.append(word)
+  return ours, rest
 
 
 def main(overrides: Overrides) -> None:
@@ -101,16 +106,37 @@ def main(overrides: Overrides) -> None:
   out = pathlib.Path(f.json or '.').absolute()
   if not out.parent.is_dir():
     raise UserError(f'there is no directory {out.parent} for --json')
+  if f.json and out.is_dir():
+    raise UserError(f'--json={f.json} is a directory')
   where = ['here'] if f.measure else f.topology
   todo = list(jobs(f.config, where, overrides, f.sweep, f.price_per_chip_hour))
   if f.measure and len(todo) > 1:
     raise UserError('--measure takes one experiment at a time: memory counts for the whole process')
   if not f.measure:
     hardware.prepare([job.topology for job in todo])
-  entries = [entry for job in _possible(todo, bool(where)) for entry in _entries(job, f.measure)]
-  print(table(entries))
-  if f.json:
+  entries, errors = planned(_possible(todo, bool(where)), f.measure)
+  if entries:
+    print(table(entries))
+  if entries and f.json:
     out.write_text(json.dumps(entries, indent=2) + '\n')
+  if errors and (where or not entries):
+    raise errors[0]
+
+
+def planned(todo: list[Job], measured: bool) -> tuple[list[Entry], list[UserError]]:
+  """All that can be; a compiler that gives up for one does not lose the others."""
+  entries, errors = [], []
+  for job in todo:
+    try:
+      entries += _entries(job, measured)
+    except UserError as e:
+      errors.append(e)
+      _remark(job, e)
+  return entries, errors
+
+
+def _remark(job: Job, error: UserError) -> None:
+  print(f'{job.command} is not planned for {job.topology}: {error}', file=sys.stderr)
 
 
 def _possible(todo: list[Job], asked: bool) -> list[Job]:
@@ -125,7 +151,7 @@ def _possible(todo: list[Job], asked: bool) -> list[Job]:
   if errors and (asked or not found):
     raise next(iter(errors.values()))
   for job, error in errors.items():
-    print(f'{job.command} is not planned for {job.topology}: {error}', file=sys.stderr)
+    _remark(job, error)
   return found
 
 
@@ -146,7 +172,7 @@ if __name__ == '__main__':
   flags.DEFINE_multi_string('topology', [], 'Such as v5e:4x4, v5e:4x4@2 (slices), h100:8, cpu:8.')
   flags.DEFINE_bool('measure', False, 'Run 20 steps on the devices that are here as well.')
   flags.DEFINE_bool('sweep', False, 'All arms of the sweep() of the experiment.')
-  flags.DEFINE_float('price_per_chip_hour', None, 'In any currency.')
+  flags.DEFINE_float('price_per_chip_hour', None, 'In any currency.', lower_bound=0)
   flags.DEFINE_string('json', '', 'A file for the numbers.')
   given, rest = _split(sys.argv)
   command.run(lambda: main(given), rest)

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lmjax import config
+from jax.sharding import Mesh
+
+from lmjax import config, sharding
 from lmjax.config import Overrides, UserError
 from lmjax.models.transformer import REMAT
-from lmjax.plan import Entry, Job, plan
+from lmjax.plan import Entry, Job, made, plan
 
 
 def search(job: Job) -> tuple[Overrides, Entry] | None:
@@ -18,12 +20,15 @@ def search(job: Job) -> tuple[Overrides, Entry] | None:
   where the state alone has no room.
   """
   found = []
-  c = config.resolve(config.load(job.spec, job.overrides))
-  for strategy in _strategies(c['sharding']['strategy']):
+  own = config.resolve(config.load(job.spec, job.overrides))['sharding']['strategy']
+  for strategy in _strategies(own):
+    try:
+      parts, mesh = made(job.but(strategy))
+    except UserError:  # it does not divide so
+      continue
     for remat in REMAT:
-      overrides, entry = _enough_micro_batches(job, strategy | {'model.remat': remat}, c)
-      if entry is None:
-        continue
+      chosen = strategy | {'model.remat': remat}
+      overrides, entry = _enough_micro_batches(job, chosen, parts.config, mesh)
       if entry['fits']:
         found.append((overrides, entry))
         if 'micro_batches' not in overrides:
@@ -41,22 +46,28 @@ def _strategies(own: str) -> list[Overrides]:
 
 
 def _enough_micro_batches(
-  job: Job, overrides: Overrides, c: Mapping[str, Any]
-) -> tuple[Overrides, Entry | None]:
-  """The first that fits, or the last that was tried; None where none divides so."""
-  micro, entry = c['micro_batches'], None
-  while micro is not None:
-    try:
-      entry = plan(job.but(overrides))
-    except UserError:  # it does not divide so
-      break
+  job: Job, overrides: Overrides, c: Mapping[str, Any], mesh: Mesh
+) -> tuple[Overrides, Entry]:
+  """The first that fits, or the last that divides."""
+  micro = c['micro_batches']
+  while True:
+    entry = plan(job.but(overrides))
     memory = entry['memory_gib']
     room = memory['capacity'] - memory['arguments']
     # Where the step has room and it does not fit, it is evaluation that has none.
     if entry['fits'] or room <= 0 or memory['peak'] <= memory['capacity']:
-      break
+      return overrides, entry
     least = max(micro + 1, micro * memory['temporaries'] / room)
     more = range(math.ceil(least), c['batch'] + 1)
-    micro = next((n for n in more if c['batch'] % n == 0), None)
+    micro = next((n for n in more if _divides(c | {'micro_batches': n}, mesh)), None)
+    if micro is None:
+      return overrides, entry
     overrides = overrides | {'micro_batches': micro}
-  return overrides, entry
+
+
+def _divides(c: Mapping[str, Any], mesh: Mesh) -> bool:
+  try:
+    sharding.check_batch(c, mesh)
+  except UserError:
+    return False
+  return True
