@@ -23,8 +23,8 @@ from lmjax import (
   experiment,
   generate,
   metrics,
-  profiler,
   optimizer,
+  profiler,
   record,
   sharding,
   train,
@@ -169,6 +169,16 @@ def test_eager_products_over_a_part_of_the_devices_are_refused(tiny, tmp_path):
   c['model'] |= {'vocab_multiple': 2}
   with jax.disable_jit(), pytest.raises(UserError, match='--debug cannot leave a part'):
     train.run(c, str(tmp_path / 'run'))
+
+
+def test_evaluation_is_planned_with_its_own_rows(parts):
+  """15 % of the places, whatever training predicts."""
+  made = parts('mlm', **{'objective.rate': 0.4})
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  lowered = evaluate.lower(made, mesh, made.abstract_params(mesh))
+  shapes = {x.shape for x in jax.tree.leaves(lowered.args_info[0][1])}
+  rows, length = made.config['batch'], made.config['length']
+  assert shapes == {(rows, length), (rows, math.ceil(0.15 * length))}
 
 
 def test_evaluate_says_what_the_run_said(finished):
