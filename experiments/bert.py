@@ -26,7 +26,7 @@ def get_config(size='base'):
   c.tokenizer.vocab_size = 30_522
   c.objective.update(next_sentence=True, predictions=80)
   c.model.update(size=f'bert_{size}', dtype='bfloat16', initializer='bert', ffn='gelu')
-  c.model.update(remat='full', vocab_multiple=128)
+  c.model.update(remat='projections', vocab_multiple=128)
   c.model.update(norm_position='post', norm_epsilon=1e-12, embed_norm=True)
   c.model.update(dropout=0.1, attention_dropout=0.1)
   c.optimizer.update(

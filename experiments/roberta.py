@@ -10,7 +10,7 @@ from lmjax import config
 
 VARIANTS = ('base', 'large')
 TOPOLOGIES = {  # where it is meant to run -> what it needs there
-  'v5e:16x16': {'sharding.strategy': 'fsdp', 'sharding.data': 64, 'sharding.model': 4},
+  'v5e:16x16': {'sharding.strategy': 'fsdp', 'sharding.data': 16, 'sharding.model': 16},
   'h100:8': {'sharding.strategy': 'zero', 'micro_batches': 16},
 }
 
@@ -23,7 +23,7 @@ def get_config(size='base'):
   c.tokenizer.vocab_size = 50_265
   c.model.update(size=f'bert_{size}', dtype='bfloat16', initializer='bert', ffn='gelu')
   c.model.update(norm_position='post', embed_norm=True, dropout=0.1, attention_dropout=0.1)
-  c.model.update(remat='full', vocab_multiple=128)
+  c.model.update(remat='projections', vocab_multiple=128)
   c.optimizer.lr = config.choose(size, {'base': 6e-4, 'large': 4e-4})
   c.optimizer.update(schedule='linear', weight_decay=0.01, b2=0.98, eps=1e-6)
   c.optimizer.warmup_steps = config.choose(size, {'base': 24_000, 'large': 30_000})

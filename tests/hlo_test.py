@@ -227,16 +227,17 @@ ENTRY %main (a: f32[4,8], b: f32[16]) -> (f32[4,8], f32[16]) {
   assert total(Program(text).moves) == 2 * 4 * (32 + 16)
 
 
-def test_a_loop_whose_first_turn_stands_before_it_is_counted_once_less():
-  """As libtpu does it where slices send each other something in the turns."""
+@pytest.mark.parametrize(('step', 'turns'), [(1, 11), (2, 6)])
+def test_turns_of_a_loop_that_the_compiler_changed(step, turns):
+  """The first stands before it, as where slices send each other something, or two are made one."""
   text = """HloModule peeled
 
 %body (x: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
   %x = (s32[], f32[8,8]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%x), index=0
   %a = f32[8,8]{1,0} get-tuple-element(%x), index=1
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
+  %by = s32[] constant(STEP)
+  %next = s32[] add(%i, %by)
   %b = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   ROOT %y = (s32[], f32[8,8]{1,0}) tuple(%next, %b)
 }
@@ -257,9 +258,9 @@ ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
   ROOT %loop = (s32[], f32[8,8]{1,0}) while(%t), condition=%cond, body=%body
 }
 """
-  found = Program(text)
+  found = Program(text.replace('STEP', str(step)))
   assert not found.uncounted
-  assert total(found.products) == 12 * 2 * 8**3
+  assert total(found.products) == (1 + turns) * 2 * 8**3
 
 
 def test_memory_of_a_tpu_is_what_its_arrays_need(tmp_path):

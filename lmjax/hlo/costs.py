@@ -82,9 +82,12 @@ class Program:
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
       return int(known)
-    # libtpu does not write it down: a counter runs by one from a constant to the one that it is
-    # compared with.  It begins with 1 where the first turn stands before the loop.
-    condition = self._computations[loop.find(r'condition=%([\w.-]+)')]
+    # libtpu does not write it down: a counter runs from a constant to the one that it is compared
+    # with.  It begins with 1 where the first turn stands before the loop, and goes by 2 where two
+    # turns are made one.
+    condition, body = (
+      self._computations[loop.find(rf'{name}=%([\w.-]+)')] for name in ('condition', 'body')
+    )
     compared = [condition[name] for name in next(reversed(condition.values())).operands]
     index = next((x.find(r'index=(\d+)') for x in compared if x.op == 'get-tuple-element'), '')
     carried = around[loop.operands[0]]
@@ -95,7 +98,9 @@ class Program:
     if len(ends) != 2 or not all(map(str.isdecimal, ends)):
       self.uncounted.append(loop.name)
       return 1
-    return int(ends[1]) - int(ends[0])
+    after = body[next(reversed(body.values())).operands[int(index)]]
+    steps = [int(body[x].args) for x in after.operands if body[x].op == 'constant']
+    return -(-(int(ends[1]) - int(ends[0])) // (steps[0] if after.op == 'add' and steps else 1))
 
   def _count(self, inst: Instruction, around: Computation, times: int) -> None:
     where = _where(inst)

@@ -15,22 +15,22 @@ from lmjax import config, hardware, plan
 
 NO_DROPOUT = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # as those it is compared with
 GRID = {'sharding.data': 4, 'sharding.model': 4}
-LIGHT = {'model.remat': 'projections'}
+LEAN, LIGHT = {'model.remat': 'full'}, {'model.remat': 'projections'}
 SMALL, XL, LARGE = 'gpt2.py:small', 'gpt2.py:xl', 'bert.py:large'
 # (experiment, topology, overrides) -> targets: (dot / dense, memory, traffic, sent)
 ROWS = [
-  (SMALL, 'v5e:4x4', {}, (1.16, 2.7, 105, 0.66)),
+  (SMALL, 'v5e:4x4', LEAN, (1.16, 2.7, 105, 0.66)),
   (SMALL, 'v5e:4x4', LIGHT, (1.02, 7.3, None, 0.66)),
   (XL, 'v5e:4x4', {}, (1.22, 10.7, 654, 9.0)),
-  (LARGE, 'v5e:4x4', NO_DROPOUT, (1.33, 1.95, 50, 1.93)),
+  (LARGE, 'v5e:4x4', NO_DROPOUT | LEAN, (1.33, 1.95, 50, 1.93)),
   (LARGE, 'v5e:4x4', NO_DROPOUT | LIGHT, (1.14, 5.7, None, 1.93)),
-  ('bert.py:base', 'v5e:4x4', NO_DROPOUT, None),
+  ('bert.py:base', 'v5e:4x4', NO_DROPOUT | LEAN, None),
   ('gpt_1b.py', 'v5e:4x4', {}, None),
   ('gpt_7b.py', 'v5e:16x16', {}, None),
-  (SMALL, 'v6e:4x4', GRID, None),
-  (SMALL, 'v5p:2x2x4', {}, None),
-  (SMALL, 'v5e:16x16', {'sharding.data': 16, 'sharding.model': 16}, None),
-  (SMALL, 'v5e:4x4@2', GRID, None),
+  (SMALL, 'v6e:4x4', GRID | LEAN, None),
+  (SMALL, 'v5p:2x2x4', LEAN, None),
+  (SMALL, 'v5e:16x16', LEAN | {'sharding.data': 16, 'sharding.model': 16}, None),
+  (SMALL, 'v5e:4x4@2', GRID | LEAN, None),
 ]
 
 
