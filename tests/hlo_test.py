@@ -206,7 +206,7 @@ def test_the_largest_buffers_are_those_that_the_backward_pass_needs(platform):
   c = compiled(jax.grad(loss), mesh_of(platform, d=1), (8192, 1024), (12, 1024, 1024))
   found = buffers.at_peak(c.as_text())
   assert found[0].array.dims == (12, 8192, 1024)
-  assert 'while' in found[0].where or 'broadcast' in found[0].where
+  assert 'while/body' in found[0].where  # and not what made the zeros that it was at first
   peak, temporaries = sum(b.bytes for b in found), c.memory_analysis().temp_size_in_bytes
   assert 0.8 * temporaries < peak < 1.25 * temporaries
 

@@ -71,8 +71,8 @@ def test_a_plan_has_its_numbers(job, spec, topology, overrides):
   shrinks = {array['array']: array['shrinks'] for array in entry['largest']}
   if topology == 'cpu:2':  # where parameters and the optimizer's averages are whole
     assert shrinks['f32[2, 1024, 256]'] == 'sharding.strategy'
-  else:
-    assert set(shrinks.values()) <= {'micro_batches', 'sharding.strategy', 'sharding.data'}
+  if topology == 'v5e:4x4' and 'gpt2' in spec:  # of 256 x 256 or 1024 dims, over four and four
+    assert shrinks['f32[2, 256, 64]'] == 'sharding.data'
   assert ('@' in topology) == (entry['busy_seconds']['network'] > 0)
 
 
@@ -89,10 +89,9 @@ def test_what_has_no_room_says_how_much_it_needs(job):
   assert set(KEYS) <= set(entry)
   sizes = [array['gib'] for array in entry['largest']]
   assert sizes == sorted(sizes, reverse=True)
-  table = next(x for x in entry['largest'] if x['where'] == 'params/embed/table')
-  assert table['array'] == 'f32[1024, 64]'  # of 256 dims, over four
-  assert table['gib'] == 1024 * 64 * 4 / 2**30
-  assert table['shrinks'] == 'sharding.data'
+  assert sizes[0] > 1
+  assert {array['shrinks'] for array in entry['largest']} == {'model.remat'}
+  assert 'ffn/up' in ' '.join(array['where'] for array in entry['largest'])
 
 
 # What a block keeps for a row, in GiB, and how slow it is.

@@ -10,7 +10,7 @@ import dataclasses
 from lmjax.hlo.text import Array, Computation, Computations, Instruction, parse
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Buffer:
   array: Array
   where: str  # like 'jit(step)/core/blocks/ffn/up/dot_general'
@@ -63,6 +63,11 @@ def _value(
     return [None] * len(inst.results)
   if inst.op == 'tuple':
     return [buffer for value in operands for buffer in value]
+  if inst.op == 'while':
+    body = others[inst.find(r'body=%([\w.-]+)')]
+    for buffer, name in zip(operands[0], next(reversed(body.values())).operands, strict=True):
+      if buffer and (made_by := _put_by(body[name], body, others)):
+        buffer.where = made_by
   if inst.op in ('while', 'bitcast', 'opt-barrier'):
     return operands[0]
   if inst.op == 'get-tuple-element':
@@ -101,3 +106,31 @@ def _in_place(inst: Instruction, i: int, around: Computation, others: Computatio
   array = inst.results[i]
   same = lambda name: around[name].results[0] == array
   return next(filter(same, inst.operands), None)
+
+
+def _put_by(inst: Instruction, around: Computation, others: Computations) -> str:
+  """Where that comes from which a turn of a loop puts into what it carries: a layer's activations.
+
+  Otherwise it would be called after the zeros that it was at first.
+  """
+  outside, index = {}, 0
+  if inst.op == 'get-tuple-element':
+    inst, index = around[inst.operands[0]], int(inst.find(r'index=(\d+)'))
+  if inst.op == 'fusion':
+    inside = others[inst.called[0]]
+    outside = {x.name: inst.operands[int(x.args)] for x in inside.values() if x.op == 'parameter'}
+    inst, around, caller = next(reversed(inside.values())), inside, around
+    inst = inside[inst.operands[index]] if inst.op == 'tuple' else inst
+  while inst.op in ('bitcast', 'copy'):
+    inst = around[inst.operands[0]]
+  if inst.op != 'dynamic-update-slice':
+    return ''
+  made = around[inst.operands[1]]
+  while made.op in ('bitcast', 'copy', 'reshape', 'parameter', 'get-tuple-element'):
+    if made.op != 'parameter':
+      made = around[made.operands[0]]
+    elif made.name in outside:
+      made, around, outside = caller[outside[made.name]], caller, {}
+    else:
+      return ''
+  return made.find(r'op_name="([^"]*)"')

@@ -19,7 +19,7 @@ GIB = hardware.GIB
 # A flash kernel's backward pass: five products, one of them for the second time, where the forward
 # pass has two (Dao, 2022).
 BACKWARD = 2.5
-# What nobody knows of a program that has no room.
+# What a program has only where it has room.
 UNKNOWN = ('dot_tflop', 'kernel_tflop', 'recomputation', 'hbm_gib', 'wire_gib', 'wire_gib_by_axis')
 UNKNOWN += ('busy_seconds', 'step_seconds', 'bound_by', 'tokens_per_second', 'mfu')
 UNKNOWN += ('hours', 'price', 'uncounted_loops')
@@ -130,7 +130,7 @@ def _entry(
     'memory_gib': {key: size / GIB for key, size in memory.items()},
     'model_tflop': model / 1e12,
     **dict.fromkeys(UNKNOWN),
-    'largest': _largest([*held, *step.get('largest', [])], like, step, parts.config),
+    'largest': _largest([*held, *step['largest']], like, step, parts.config),
     'compile_seconds': step['compile_seconds'] + evaluation['compile_seconds'],
   }
   return entry | (_work(job, parts, mesh, step) if step['fits'] else {})
@@ -195,7 +195,9 @@ def _largest(
       return 'sharding.data'
     if f'{c["length"]}, {c["length"]}]' in array and not step['kernel_runs']:
       return 'model.attention'
-    if c['model']['remat'] != 'full' and '/while/' in where and 'head.' not in where:
+    # What the layers' loop keeps is made in it, or called after the zeros that it was at first.
+    kept = ('/while/' in where or 'broadcast' in where) and 'head.' not in where
+    if kept and c['model']['remat'] != 'full':
       return 'model.remat'
     return 'micro_batches'
 
