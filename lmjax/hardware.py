@@ -129,6 +129,11 @@ def prepare(names: list[str]) -> None:
   jax.config.update('jax_num_cpu_devices', max([1, *cpus]))
   # Otherwise libtpu asks the network what machine this is, and two cannot compile at once.
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  for name, value in (
+    ('TPU_ACCELERATOR_TYPE', 'v5litepod-1'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+  ):
+    os.environ.setdefault(name, value)  # or it complains that it does not know
   # There is nothing here on which the compiler for GPUs could try what is fastest.
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ |= {'CUDA_VISIBLE_DEVICES': '-1', 'XLA_FLAGS': f'{flags} --xla_gpu_autotune_level=0'}
@@ -162,7 +167,9 @@ def _split(name: str) -> tuple[str, str]:
 def _tpus(name: str, kind: str, size: str) -> list[jax.Device]:
   shape, _, slices = size.partition('@')
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+(@[1-9]\d*)?', size):
-    raise UserError(f'"{name}" is no topology: the sizes of its torus are missing, as in v5e:4x4')
+    raise UserError(f'"{name}" is no topology: write it as v5e:4x4, or v5e:4x4@2 for two slices')
+  if shape.count('x') + 1 != CHIPS[kind].dims:  # libtpu would abort the process, or agree
+    raise UserError(f'"{name}" is no topology: {kind} is a torus of {CHIPS[kind].dims} dimensions')
   _need('libtpu', 'tpu', name)
   sizes = [int(n) for n in shape.split('x')] + [1]
   hosts = (*(min(2, n) for n in sizes[:2]), 1)

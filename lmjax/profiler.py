@@ -37,6 +37,7 @@ class Window:
 
   def after(self, step: int, results: Any) -> None:
     """`results` of the step are waited for where it is the last."""
-    if step == self._last:
+    if step == self._last and self._tracing:
       jax.block_until_ready(results)
       self._open.close()
+      print(f'the trace of the steps to {step} is in {self._directory}')

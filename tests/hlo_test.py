@@ -211,6 +211,31 @@ def test_the_largest_buffers_are_those_that_the_backward_pass_needs(platform):
   assert 0.8 * temporaries < peak < 1.25 * temporaries
 
 
+def test_what_is_called_in_the_meantime_is_counted():
+  """As collectives of a tpu7x are."""
+  text = """HloModule called, num_partitions=4
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%called (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  ROOT %ar = f32[16]{0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %s = ((f32[16]{0}), f32[16]{0}) call-start(%a), to_apply=%called
+  ROOT %d = f32[16]{0} call-done(%s)
+}
+"""
+  (cost,) = Program(text).collectives
+  assert cost.total == 2 * 0.75 * 64
+
+
 def test_a_permutation_is_what_is_sent_between_those_that_differ():
   """Of two arrays, when the first device keeps its own."""
   text = """HloModule two, num_partitions=4

@@ -38,7 +38,11 @@ def job(tmp_path):
   [
     ('experiments/quickstart.py', 'cpu:2', SMALL | ADAMW | {'length': 32, 'batch': 4}),
     ('experiments/gpt2.py:small', 'v5e:4x4', SMALL | {'length': 128, 'batch': 32}),
-    ('experiments/gpt2.py:small', 'v5e:2x2@2', SMALL | {'length': 128, 'batch': 32}),
+    (
+      'experiments/gpt2.py:small',
+      'v5e:2x2@2',
+      SMALL | {'length': 128, 'batch': 32, 'model.attention': 'splash'},
+    ),
     ('experiments/bert.py:base', 'v5e:4x4', SMALL | {'length': 128, 'batch': 32}),
   ],
 )
@@ -85,6 +89,7 @@ def test_what_has_no_room_says_how_much_it_needs(job):
   memory = entry['memory_gib']
   assert not entry['fits']
   assert memory['peak'] > memory['temporaries'] > memory['capacity'] == 15.75
+  assert memory['evaluation'] is None
   assert entry['step_seconds'] is entry['price'] is None
   assert set(KEYS) <= set(entry)
   sizes = [array['gib'] for array in entry['largest']]

@@ -108,15 +108,17 @@ def test_cpus():
   ('topology', 'said'),
   [
     ('v5x:4x4', 'did you mean "v5'),
-    ('v5e', 'as in v5e:4x4'),
-    ('v5e:4by4', 'as in v5e:4x4'),
-    ('v5e:3x5x7', 'is no topology'),
+    ('v5e', 'write it as v5e:4x4'),
+    ('v5e:4by4', 'write it as v5e:4x4'),
+    ('v5e:3x5', 'is no topology'),
+    ('v5e:4x4x4', 'v5e is a torus of 2 dimensions'),
+    ('v5p:4x4', 'v5p is a torus of 3 dimensions'),
+    ('v5e:4x4@0', 'or v5e:4x4@2 for two slices'),
     ('h100:12', 'or a multiple'),
     ('h100:x', 'or a multiple'),
     ('cpu:999', 'as in cpu:8'),
     ('cpu:0', 'as in cpu:8'),
     ('cpu', 'as in cpu:8'),
-    ('v5e:4x4@0', 'as in v5e:4x4'),
   ],
 )
 def test_what_is_no_topology_is_a_sentence(topology, said):

@@ -7,7 +7,7 @@ of the instructions, in which a buffer lives from the one that makes it to the l
 import collections
 import dataclasses
 
-from lmjax.hlo.text import Array, Computation, Computations, Instruction, parse
+from lmjax.hlo.text import RUN, Array, Computation, Computations, Instruction, parse
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +52,7 @@ def _peak(name: str, others: Computations) -> list[Buffer]:
 
 
 def _runs(inst: Instruction) -> list[str]:
-  return inst.called if inst.op in ('while', 'call', 'conditional', 'async-start') else []
+  return inst.called if inst.op in RUN else []
 
 
 def _value(

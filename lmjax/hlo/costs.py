@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lmjax.hlo import collectives
-from lmjax.hlo.text import Computation, Computations, Instruction, parse
+from lmjax.hlo.text import RUN, Computation, Computations, Instruction, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Program:
   def _walk(self, name: str, times: int) -> None:
     computation = self._computations[name]
     for inst in computation.values():
-      if inst.op in ('while', 'call', 'conditional', 'async-start'):
+      if inst.op in RUN:
         for called in inst.called:  # of a conditional, all branches
           again = self._trips(inst, computation) if inst.op == 'while' else 1
           self._walk(called, times * again)

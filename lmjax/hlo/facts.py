@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 _AGAIN = 'rematted_computation'  # JAX's name for what the backward pass computes again
 
 
-def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
+def of(lowered: jax.stages.Lowered, topology: str, cache: str, name: str = 'it') -> Facts:
   """Of one device: bytes, FLOPs, runs of kernels, and the temporaries when they are largest.
 
   Where the program has no room there ('fits'), all but the bytes of its arguments.
@@ -38,7 +38,7 @@ def of(lowered: jax.stages.Lowered, topology: str, cache: str) -> Facts:
   path = epath.Path(cache).expanduser() / 'plans' / f'{digest}.json'
   if path.exists():
     return json.loads(path.read_text())
-  print(f'compiling for {topology} …', file=sys.stderr, flush=True)
+  print(f'compiling {name} for {topology} …', file=sys.stderr, flush=True)
   began = time.perf_counter()
   tpu = hardware.devices(topology)[0].platform == 'tpu'
   with tempfile.TemporaryDirectory() as dump:

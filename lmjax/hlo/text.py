@@ -72,6 +72,8 @@ class Instruction:
     return self.find(r'custom_call_target="([^"]*)"')
 
 
+# Instructions that run whole computations.
+RUN = ('while', 'call', 'call-start', 'conditional', 'async-start')
 Computation = dict[str, Instruction]  # by name, in the order in which they run
 Computations = dict[str, Computation]
 

@@ -80,10 +80,11 @@ def plan(job: Job) -> Entry:
   with speech, jax.set_mesh(mesh), sharding.logical_axes(strategy):
     like, transform, _ = train.init_state(parts, mesh)
     where = job.topology, parts.config['cache']
-    step = facts.of(train.lower(parts, mesh, like, transform), *where)
-    evaluation = {'fits': True, 'temporaries': 0, 'compile_seconds': 0}
+    step = facts.of(train.lower(parts, mesh, like, transform), *where, f'{job.command} to train')
+    evaluation = None
     if step['fits']:
-      evaluation = facts.of(evaluate.lower(parts, mesh, like.params), *where)
+      lowered = evaluate.lower(parts, mesh, like.params)
+      evaluation = facts.of(lowered, *where, f'{job.command} to evaluate')
   return _entry(job, parts, mesh, step, evaluation, like)
 
 
@@ -99,7 +100,8 @@ def made(job: Job) -> tuple[experiment.Experiment, Mesh]:
   strategy, most = c['sharding']['strategy'], c['sharding']['max_unsharded']
   sharding.check_mesh(mesh, strategy)
   sharding.check_batch(c, mesh)
-  sharding.unsharded(parts.abstract_params(mesh), mesh, strategy, most)
+  with jax.set_mesh(mesh):  # for a kernel of its devices
+    sharding.unsharded(parts.abstract_params(mesh), mesh, strategy, most)
   hardware.chip(job.topology)  # that it is known
   return parts, mesh
 
@@ -109,7 +111,7 @@ def _entry(
   parts: experiment.Experiment,
   mesh: Mesh,
   step: facts.Facts,
-  evaluation: facts.Facts,
+  evaluation: facts.Facts | None,
   like: train.TrainState,
 ) -> Entry:
   chip, model = hardware.chip(job.topology), parts.flops.model / mesh.size
@@ -117,21 +119,23 @@ def _entry(
   state = sum(size for size, _, _ in held)
   arguments = step.get('arguments', state)
   peaks = [
-    kept + f.get('outputs', 0) + f['temporaries']
+    f and kept + f.get('outputs', 0) + f['temporaries']
     for kept, f in ((arguments, step), (state, evaluation))
   ]
   memory = {'arguments': arguments, 'temporaries': step['temporaries'], 'peak': peaks[0]}
   memory |= {'evaluation': peaks[1], 'capacity': chip.memory}
+  room = evaluation is not None and evaluation['fits'] and max(peaks) <= chip.memory
   entry = {
     'config': job.command,
     'topology': job.topology,
-    'fits': step['fits'] and evaluation['fits'] and max(peaks) <= chip.memory,
-    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(parts.boxed_shapes())),
-    'memory_gib': {key: size / GIB for key, size in memory.items()},
+    'chip': dataclasses.asdict(chip),
+    'fits': step['fits'] and room,
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(like.params)),
+    'memory_gib': {key: size and size / GIB for key, size in memory.items()},
     'model_tflop': model / 1e12,
     **dict.fromkeys(UNKNOWN),
     'largest': _largest([*held, *step['largest']], like, step, parts.config),
-    'compile_seconds': step['compile_seconds'] + evaluation['compile_seconds'],
+    'compile_seconds': sum(f['compile_seconds'] for f in (step, evaluation) if f),
   }
   return entry | (_work(job, parts, mesh, step) if step['fits'] else {})
 
@@ -189,6 +193,8 @@ def _largest(
 
   def shrinks(array: str, where: str) -> str:
     shape = array[array.index('[') :]
+    if shape in whole and all(x.sharding.mesh.size == 1 for x in jax.tree.leaves(like)):
+      return 'model.size'
     if shape in whole:  # a parameter, its gradient, or what the optimizer keeps for it
       return 'sharding.strategy'
     if shape in parts:

@@ -19,27 +19,35 @@ from lmjax.plan import Entry, Job, jobs, made, plan
 from lmjax.plan.measure import measure
 from lmjax.plan.search import search
 
+HEAD = ('GiB needed/there', 'TFLOP model', 'program', 'GiB moved', 'GiB sent', 'ms at least')
+HEAD += ('bound by', 'tokens/s', 'MFU', 'hours', 'price')
+LEGEND = """
+Of a device and a step: memory, TFLOP, GiB to and from its memory, GiB sent, and the least time.
+Of all devices: tokens/s at most, hours and price at least.  Behind an array: what shrinks it."""
+
 
 def table(entries: list[Entry]) -> str:
   """For people: a line for each program, then what fills its memory and its wires."""
-  head = ('GiB peak/there', 'TFLOP model', 'done', 'HBM GiB', 'wire GiB', 'ms', 'bound by')
-  head += ('tokens/s', 'MFU', 'hours', 'price')
-  rows = [head, *map(_row, entries)]
+  rows = [HEAD, *map(_row, entries)]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for row, entry in zip(rows, [None, *entries], strict=True):
     lines += [f'\n{entry["config"]}  on  {entry["topology"]}'] if entry else []
     lines.append('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    lines += _details(entry) if entry else []
-  return '\n'.join(lines)
+    lines += _details(entry, few=len(entries) > 4) if entry else []
+  hours, prices = ([e[key] for e in entries if e[key] is not None] for key in ('hours', 'price'))
+  if len(hours) > 1:
+    lines.append(f'\nall {len(hours)}: {sum(hours):,.3g} hours, one after the other')
+    lines[-1] += f', price {sum(prices):,.2f}' if prices else ''
+  return '\n'.join([*lines, LEGEND])
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
   memory, known = entry['memory_gib'], entry['step_seconds'] is not None
-  peak = max(memory['peak'], memory['evaluation'])
+  peak = max(memory['peak'], memory['evaluation'] or 0)
   size = f'{peak:.2f}/{memory["capacity"]:.2f}' + ('' if entry['fits'] else ' DOES NOT FIT')
   if not known:
-    return (size, f'{entry["model_tflop"]:.3g}', *('' for _ in range(9)))
+    return (size, f'{entry["model_tflop"]:.4g}', *('' for _ in HEAD[2:]))
   done = f'{entry["dot_tflop"] + entry["kernel_tflop"]:.4g} (x{entry["recomputation"]:.3f})'
   return (
     size,
@@ -56,7 +64,11 @@ def _row(entry: Entry) -> tuple[str, ...]:
   )
 
 
-def _details(entry: Entry) -> list[str]:
+# Between the modules in the name of an operation: what JAX did with them.
+_INSIDE = re.compile(r'jit\(step\)/|(while|body|closed_call|checkpoint|rematted_computation)/')
+
+
+def _details(entry: Entry, few: bool) -> list[str]:
   memory = entry['memory_gib']
   lines = [
     f'  {entry["parameters"]:,} parameters; arguments {memory["arguments"]:.2f} and temporaries '
@@ -64,7 +76,7 @@ def _details(entry: Entry) -> list[str]:
   ]
   if 'overrides' in entry:
     found = ' '.join(entry['overrides'] or ())
-    lines.append(f'  has room with {found}' if found else '  has room with nothing that was tried')
+    lines.append(f'  has room with {found}' if found else '  nothing that was tried has room')
   if entry['uncounted_loops']:
     lines.append(f'  {entry["uncounted_loops"]} loops of unknown length are counted once')
   if seen := entry.get('measured'):
@@ -77,8 +89,8 @@ def _details(entry: Entry) -> list[str]:
   lines += (
     ['  sent along ' + ', '.join(f'{a}: {x:.3f} GiB' for a, x in wire.items())] if wire else []
   )
-  for buffer in entry['largest'][:4]:
-    where = buffer['where'].removeprefix('jit(step)/') or 'unnamed'
+  for buffer in entry['largest'][: 1 if few else 4]:
+    where = _INSIDE.sub('', buffer['where']) or 'what the compiler adds'
     lines.append(f'  {buffer["gib"]:.3f} GiB {buffer["array"]} {where} ({buffer["shrinks"]})')
   return lines
 
@@ -150,8 +162,8 @@ def _possible(todo: list[Job], asked: bool) -> list[Job]:
       errors[job] = e
   if errors and (asked or not found):
     raise next(iter(errors.values()))
-  for job, error in errors.items():
-    _remark(job, error)
+  for (where, said), job in {(j.topology, str(e)): j for j, e in errors.items()}.items():
+    print(f'{job.spec} is not planned for {where}: {said}', file=sys.stderr)
   return found
 
 
@@ -162,6 +174,7 @@ def _entries(job: Job, measured: bool) -> list[Entry]:
     entry['measured'] = measure(job, entry)
   if measured or entry['fits']:
     return [entry]
+  print('it has no room: looking for what has', file=sys.stderr, flush=True)
   instead = search(job)
   entry['overrides'] = config.arguments(instead[0]) if instead else None
   return [entry, instead[1]] if instead else [entry]
