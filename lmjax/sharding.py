@@ -97,7 +97,8 @@ def make_mesh(
     raise UserError(f'sharding: sizes must be at least 1, or one of them -1 for the rest: {said}')
   shape = _fit(shape, len(devices))
   if not shape:
-    raise UserError(f'sharding: {said} does not use the {len(devices)} device(s) there are')
+    sizes = ', '.join(f'{axis}={size}' for axis, size in said.items())
+    raise UserError(f'sharding: {sizes} does not use the {len(devices)} device(s) there are')
   if shape[0] % slices:
     raise UserError(f'sharding.replica = {shape[0]} is no multiple of the {slices} slices')
   split = {'allow_split_physical_axes': True}  # 16 x 4 devices on a torus of 8 x 8
@@ -133,9 +134,10 @@ def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
   if batch % (ways * micro_batches):
     unit = ways * micro_batches
     near = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
+    micro = [n for n in range(1, micro_batches) if batch % (ways * n) == 0][-1:]
     raise UserError(
       f'batch = {batch} does not divide into {micro_batches} micro-batch(es) on {ways} device(s): '
-      f'try {" or ".join(map(str, near))}'
+      f'try {" or ".join(map(str, near))}' + ''.join(f', or micro_batches={n}' for n in micro)
     )
   pieces = max(_ways(mesh, strategy, axis) for axis in ('length', 'residual_length'))
   if length % pieces:
