@@ -211,6 +211,36 @@ def test_the_largest_buffers_are_those_that_the_backward_pass_needs(platform):
   assert 0.8 * temporaries < peak < 1.25 * temporaries
 
 
+def test_a_loop_that_nobody_can_count_is_said_to_be():
+  """Its counter begins with an argument."""
+  text = """HloModule open
+
+%body (x: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %x = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %a = f32[8,8]{1,0} get-tuple-element(%x), index=1
+  %b = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %y = (s32[], f32[8,8]{1,0}) tuple(%i, %b)
+}
+
+%cond (x: (s32[], f32[8,8])) -> pred[] {
+  %x = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %n = s32[] constant(12)
+  %m = s32[] constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (t: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %t = (s32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,8]{1,0}) while(%t), condition=%cond, body=%body
+}
+"""
+  found = Program(text)
+  assert found.uncounted == ['loop']
+  assert total(found.products) == 2 * 8**3
+
+
 def test_what_is_called_in_the_meantime_is_counted():
   """As collectives of a tpu7x are."""
   text = """HloModule called, num_partitions=4

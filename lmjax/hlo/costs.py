@@ -57,8 +57,8 @@ class Program:
     computation = self._computations[name]
     for inst in computation.values():
       if inst.op in RUN:
+        again = self._trips(inst, computation) if inst.op == 'while' else 1
         for called in inst.called:  # of a conditional, all branches
-          again = self._trips(inst, computation) if inst.op == 'while' else 1
           self._walk(called, times * again)
         continue
       for inside, around in self._deep(inst, computation):
@@ -94,13 +94,13 @@ class Program:
     begin = around[carried.operands[int(index)]] if index and carried.op == 'tuple' else carried
     while begin.op == 'copy':
       begin = around[begin.operands[0]]
-    ends = [x.args for x in [begin, *condition.values()] if x.op == 'constant']
-    if len(ends) != 2 or not all(map(str.isdecimal, ends)):
+    ends = [x.args for x in condition.values() if x.op == 'constant']
+    if begin.op != 'constant' or len(ends) != 1 or not (begin.args + ends[0]).isdecimal():
       self.uncounted.append(loop.name)
       return 1
     after = body[next(reversed(body.values())).operands[int(index)]]
     steps = [int(body[x].args) for x in after.operands if body[x].op == 'constant']
-    return -(-(int(ends[1]) - int(ends[0])) // (steps[0] if after.op == 'add' and steps else 1))
+    return -(-(int(ends[0]) - int(begin.args)) // (steps[0] if after.op == 'add' and steps else 1))
 
   def _count(self, inst: Instruction, around: Computation, times: int) -> None:
     where = _where(inst)

@@ -48,9 +48,9 @@ def of(lowered: jax.stages.Lowered, topology: str, cache: str, name: str = 'it')
     except jax.errors.JaxRuntimeError as e:
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
-      texts = [path.read_text() for path in pathlib.Path(dump).glob('*after_optimizations.txt')]
-      done = _of_text(texts[0]) if texts else {'largest': []}
-      facts = {'fits': False, 'temporaries': _asked_for(str(e)), **done}
+      facts = {'fits': False, 'temporaries': _asked_for(str(e))}  # so it is a TPU's compiler
+      (program,) = pathlib.Path(dump).glob('*after_optimizations.txt')
+      facts |= _of_text(program.read_text())
     else:
       facts = {'fits': True, **_read(compiled, pathlib.Path(dump))}
   facts['compile_seconds'] = time.perf_counter() - began

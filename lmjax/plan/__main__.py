@@ -36,7 +36,7 @@ def table(entries: list[Entry]) -> str:
     lines.append('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     lines += _details(entry, few=len(entries) > 4) if entry else []
   hours, prices = ([e[key] for e in entries if e[key] is not None] for key in ('hours', 'price'))
-  if len(hours) > 1:
+  if len(hours) > 1 and len({entry['topology'] for entry in entries}) == 1:
     lines.append(f'\nall {len(hours)}: {sum(hours):,.3g} hours, one after the other')
     lines[-1] += f', price {sum(prices):,.2f}' if prices else ''
   return '\n'.join([*lines, LEGEND])
