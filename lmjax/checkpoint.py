@@ -1,15 +1,17 @@
-"""One save, one restore, from any mesh to any mesh, with Orbax.
+"""One save, one restore, from any mesh to any mesh, with Orbax; and nothing is believed unseen.
 
-A checkpoint is `<directory>/<step>/` with the arrays in `state/` and a JSON document in `meta/`. It
-is written under another name and renamed (on object stores: marked) once complete. Without its
-meta a directory is no checkpoint.
+A checkpoint is `<directory>/<step>/`: the arrays in `state/`, and in `meta/` a manifest, which has
+type, shape and fingerprint of every array.  It is written under another name and renamed (on object
+stores: marked) once complete.  Orbax does not notice a flipped bit in an array, and takes an empty
+directory for its newest step.  Here a step is one only if its manifest is whole and what was read
+has the fingerprints that it says; any other is set aside in `quarantine/`.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,12 +19,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from lmjax import processes
-from lmjax.config import UserError
+from lmjax import fingerprint, processes, steps
+from lmjax.errors import StorageError, UserError
+from lmjax.steps import Damaged, Steps
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno >= logging.ERROR or 'orbax' not in record.pathname
+  return record.levelno > logging.ERROR or 'orbax' not in record.pathname
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -34,10 +37,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     keep_every: steps divisible by it are kept for ever; 0 for none.
     keep_best: a metric such as 'validation/loss' whose best step is kept: the lowest, but the
       highest of one with 'accuracy' in its name. '' for none.
-    read_only: nothing is created, cleaned or deleted, so that a running trainer can be watched.
+    read_only: nothing is created, moved or deleted, so that a running trainer can be watched.
+    warn: is told, in words, of every step that is not what it should be.
 
-  What fails in the background is raised by the next `save`, `wait` or `close`. A process that ends
-  without `close` loses the save in progress.
+  What fails in the background is raised by the next `save`, `wait` or `close`; `save` can be called
+  again then. A process that ends without `close` loses the save in progress.
   """
 
   def __init__(
@@ -48,24 +52,25 @@ class Checkpoints(contextlib.AbstractContextManager):
     keep_every: int = 0,
     keep_best: str = '',
     read_only: bool = False,
+    warn: Callable[[str], None] = steps.warn,
   ):
     if keep_last < 1 or keep_every < 0:
       raise UserError(f'keep_last={keep_last} is below 1 or keep_every={keep_every} is below 0')
     self.directory = epath.Path(directory)
+    if '://' not in str(directory):
+      self.directory = self.directory.resolve()  # Orbax wants no relative one
     if read_only and not self.directory.is_dir():
       raise UserError(f'there is no checkpoint directory {self.directory}')
     self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
     self._read_only = read_only
+    self._steps = Steps(self.directory, read_only, warn)
     logging.getLogger('absl').addFilter(_no_chatter)
-    # Orbax is given no policy: it chooses what to delete before the new step is committed, counts
-    # directories that are no checkpoints, and a kill during its deletion leaves a plausible step.
     # Directories are made at once: where that fails in the background, threads wait for them.
-    options = {'async_options': ocp.AsyncOptions(create_directories_asynchronously=False)}
-    options |= {'read_only': read_only, 'create': not read_only}
-    options = ocp.CheckpointManagerOptions(**options, cleanup_tmp_directories=not read_only)
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler()
+    self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
     self._background = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
-    self._retention: concurrent.futures.Future | None = None
+    self._saving: concurrent.futures.Future | None = None
 
   def save(
     self, step: int, state: Any, meta: dict, metrics: dict[str, float] | None = None
@@ -73,82 +78,91 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Saves `state` (a pytree of arrays) and `meta` (JSON); returns once the arrays are copied.
 
     Waits for the save before it. `metrics` are what `keep_best` chooses by.
+
+    Raises:
+      StorageError: it cannot be written, or the one before it could not.
     """
     assert not self._read_only
     self.wait()
-    # Serialised here: what is no JSON must not fail, nor change, in another thread.
-    numbers = {name: float(value) for name, value in (metrics or {}).items()}
-    document = json.loads(json.dumps({'meta': meta, 'metrics': numbers}))
-    arrays = traverse_util.unflatten_dict(_flat(state), sep='/')
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(document))
-    if step in self._manager.all_steps():
-      self._manager.reload()  # its list is of the past
-      if step in self._manager.all_steps() and step not in self.steps():
-        self._manager.delete(step)
-    # Without force Orbax returns False for a step before its newest and saves nothing.
-    saved = self._manager.save(step, args=args, force=True)
-    assert saved
-    self._retention = self._background.submit(self._retain)
+    assert step not in self.steps()
+    arrays = {name: steps.plain(x) for name, x in fingerprint.named(state).items()}
+    # Made here: what is no JSON must not fail, nor change, in another thread.
+    manifest = steps.manifest(step, meta, metrics or {}, arrays, fingerprint.of(arrays))
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
+      meta=ocp.args.JsonSave(manifest),
+    )
+    if processes.index() == 0 and self._steps.path(step).exists():
+      self._steps.set_aside(str(step), 'it has no manifest')
+    try:
+      self._checkpointer.save(self._steps.path(step), args=args)
+    except OSError as e:
+      raise self._not_saved(step, e) from e
+    self._saving = self._background.submit(self._finish, step)
 
-  def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
-    """(step, state, meta) of a step, the newest by default; None where there is no checkpoint.
+  def restore(
+    self, like: Any, step: int | None = None, *, cast: bool = False
+  ) -> tuple[int, Any, dict] | None:
+    """(step, state, meta) of a step, by default the newest that is whole; None where none ever was.
 
     `like` is a pytree of ShapeDtypeStructs with shardings, of any mesh; it alone says what comes
-    back and where (without a sharding: as a NumPy array). UserError if there is no such step or
-    its arrays are others.
+    back and where (without a sharding: as a NumPy array).  What is damaged is set aside; with
+    `read_only` it is passed over.
+
+    Raises:
+      UserError: there is no such step, its arrays are others (of another type: unless `cast`), or
+        it was written by a newer lmjax.
+      StorageError: that step, or every one that there is, is damaged.
     """
-    return self.restore_subtree('', like, step)
+    return self.restore_subtree('', like, step, cast=cast)
 
   def restore_subtree(
-    self, path: str, like: Any, step: int | None = None
+    self, path: str, like: Any, step: int | None = None, *, cast: bool = False
   ) -> tuple[int, Any, dict] | None:
     """`restore` of what was saved below a path such as 'opt_state/0/mu'; '' is the whole state."""
     self.wait()
-    step = self._newest() if step is None else step
-    if step is None:
-      return None
-    wanted, stored = _flat(like, path), self.structure(step)
-    if path:
-      stored = {name: x for name, x in stored.items() if f'{name}/'.startswith(f'{path}/')}
-    if problems := _differences(wanted, stored):
-      problems[3:] = [f'and {len(problems) - 3} more'] if problems[3:] else []
-      where = f'checkpoint {self.directory / str(step)}'
-      raise UserError(f'{where} does not fit: {"; ".join(problems)}')
-    item = traverse_util.unflatten_dict(wanted, sep='/')
-    how = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-    found = self._manager.restore(step, args=ocp.args.Composite(state=args))['state']
-    found = traverse_util.flatten_dict(found, sep='/')
-    assert all(found[name].dtype == x.dtype for name, x in wanted.items())
-    return (
-      step,
-      jax.tree.unflatten(jax.tree.structure(like), [found[n] for n in wanted]),
-      self.meta(step),
-    )
+    if step is not None:
+      try:
+        return self._read(step, path, like, cast)
+      except Damaged as e:
+        raise self._damaged(step, e) from e
+    damaged = {}
+    for step in reversed(processes.share(self.steps())):
+      try:
+        found = self._read(step, path, like, cast)
+      except Damaged as e:
+        damaged[step] = str(e)
+        continue
+      if processes.index() == 0:
+        for other, why in damaged.items():
+          self._steps.set_aside(str(other), why)
+      processes.wait()
+      return found
+    # Where nothing can be read, it may be the reader's fault: all is left where it is.
+    if damaged or processes.share(self._steps.any_aside()):
+      what = '; '.join(f'{self._steps.path(step)}: {why}' for step, why in damaged.items())
+      raise StorageError(
+        f'no checkpoint in {self.directory} is whole, and a run does not begin again in silence: '
+        f'{what or f"look at {self.directory / steps.QUARANTINE}"}'
+      )
+    return None
 
   def steps(self) -> list[int]:
     """The committed steps, ascending, as they are on the disk now."""
-    found = ocp.path.step.standard_name_format().find_all(self.directory)
-    return sorted(x.step for x in found if self._document_path(x.step).exists())
-
-  def _newest(self) -> int | None:
-    """The same for all processes, whatever a host remembers of a disk in the network."""
-    return processes.share(max(self.steps(), default=None))
+    return self._steps.all()
 
   def meta(self, step: int) -> dict:
     """What was saved as `meta`. UserError if there is no such step."""
-    return self._document(step)['meta']
+    return self._manifest(step)['meta']
 
   def structure(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every array of a step (a typed key as its uint32 data)."""
-    self._document(step)
-    tree = ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / 'state').tree
-    flat = traverse_util.flatten_dict(tree, sep='/')
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
+    return steps.structure(self._manifest(step))
 
   def average_path(self, step: int | None = None) -> str:
     """For `restore_subtree`: where a step has the moving average of the parameters, or 'params'."""
-    step = self._newest() if step is None else step
+    if step is None:
+      step = processes.share(next((step for step, _ in self._steps.manifests()), None))
     names = self.structure(step) if step is not None else {}
     found = (name.partition('/average/') for name in names if name.startswith('opt_state/'))
     return next((f'{above}/average' for above, here, _ in found if here), 'params')
@@ -156,79 +170,119 @@ class Checkpoints(contextlib.AbstractContextManager):
   def best(self) -> int | None:
     """The step whose `keep_best` metric is best (the first of equals); None if none has it."""
     sign = -1 if 'accuracy' in self._keep_best else 1
-    metrics = {step: self._document(step)['metrics'] for step in self.steps() if self._keep_best}
-    known = [(sign * m.get(self._keep_best, math.nan), step) for step, m in metrics.items()]
+    manifests = self._steps.manifests() if self._keep_best else ()
+    known = [(sign * m['metrics'].get(self._keep_best, math.nan), step) for step, m in manifests]
     return min((pair for pair in known if math.isfinite(pair[0])), default=(0, None))[1]
 
   def wait(self) -> None:
-    """Returns when the last save is committed and what it supersedes deleted; raises its error."""
+    """Returns when the last save is committed and what it supersedes deleted.
+
+    Raises:
+      StorageError: it was not saved; what there is of it is removed.
+    """
+    if self._saving:
+      # Where one process could not save its part, no process has saved.
+      reasons = processes.share([r for r in processes.collect(self._outcome()) or () if r])
+      if reasons:
+        raise StorageError(reasons[0])
+
+  def _outcome(self) -> str:
+    """When the save under way has come to its end: why it failed, or ''."""
+    saving, self._saving = self._saving, None
     try:
-      self._manager.wait_until_finished()
-    except BaseException:
-      self._remove_unfinished()
-      raise
-    finally:
-      retention, self._retention = self._retention, None
-      if retention:
-        retention.result()
+      if saving:
+        saving.result()
+    except StorageError as e:
+      return str(e)
+    return ''
 
   def close(self) -> None:
-    """`wait`, then ends all threads; needed before the process ends."""
+    """Waits for the last save, alone, and ends all threads; needed before the process ends.
+
+    Raises:
+      StorageError: it was not saved.
+    """
     try:
-      self.wait()
+      if why := self._outcome():
+        raise StorageError(why)
     finally:
       self._background.shutdown()
-      self._manager.close()
-      self._remove_unfinished()
+      self._checkpointer.close()
 
   def __exit__(self, *exception: object) -> None:
     self.close()
 
-  def _document_path(self, step: int) -> epath.Path:
-    return self.directory / str(step) / 'meta' / 'metadata'
+  # ------------------------------------------------------------------------------------- reading
 
-  def _document(self, step: int) -> dict:
-    if not self._document_path(step).exists():
-      there = ', '.join(map(str, self.steps())) or 'none'
-      raise UserError(f'there is no checkpoint of step {step} in {self.directory} (there: {there})')
-    return json.loads(self._document_path(step).read_text())
-
-  def _retain(self) -> None:
+  def _manifest(self, step: int) -> dict[str, Any]:
+    """Raises UserError and StorageError."""
     try:
-      self._manager.wait_until_finished()
-    except BaseException:  # the caller's thread gets it from its own wait
-      return
-    if jax.process_index() == 0:
-      steps = self.steps()
-      keep = {self.best(), *steps[-self._keep_last :]}
-      keep |= {step for step in steps if self._keep_every and step % self._keep_every == 0}
-      for step in set(steps) - keep:
-        # The meta first: killed in between, what is left is not taken for a checkpoint.
-        self._document_path(step).parent.rmtree()
-        (self.directory / str(step)).rmtree()
+      return self._steps.manifest(step)
+    except Damaged as e:
+      raise self._damaged(step, e) from e
 
-  def _remove_unfinished(self) -> None:
-    """Frees the disk that a failed save has filled."""
-    if jax.process_index() == 0 and not self._read_only:
-      for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
-        path.rmtree()
+  def _damaged(self, step: int, why: Damaged) -> StorageError:
+    return StorageError(f'checkpoint {self._steps.path(step)} is damaged: {why}')
+
+  def _read(self, step: int, path: str, like: Any, cast: bool) -> tuple[int, Any, dict]:
+    """Raises Damaged, at all processes; what does not fit is a UserError."""
+    manifest = self._steps.manifest(step)
+    wanted = {'/'.join(filter(None, (path, k))): x for k, x in fingerprint.named(like).items()}
+    plain = {name: steps.plain(x) for name, x in wanted.items()}
+    stored = steps.structure(manifest)
+    if path:
+      stored = {name: x for name, x in stored.items() if f'{name}/'.startswith(f'{path}/')}
+    if problems := steps.differences(plain, stored, any_dtype=cast):
+      problems[3:] = [f'and {len(problems) - 3} more'] if problems[3:] else []
+      raise UserError(f'checkpoint {self._steps.path(step)} does not fit: {"; ".join(problems)}')
+    found = self._arrays(step, {k: x.update(dtype=stored[k].dtype) for k, x in plain.items()})
+    prints = fingerprint.of(found)
+    wrong = [name for name in wanted if prints[name] != manifest['arrays'][name][2]]
+    if wrong:
+      more = f' and {len(wrong) - 1} more' if wrong[1:] else ''
+      raise Damaged(f'{wrong[0]}{more}: not what was saved')
+    arrays = [steps.typed(found[name], x) for name, x in wanted.items()]
+    return step, jax.tree.unflatten(jax.tree.structure(like), arrays), manifest['meta']
+
+  def _arrays(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    item = traverse_util.unflatten_dict(wanted, sep='/')
+    how = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+    why, found = '', {}
+    try:
+      found = ocp.PyTreeCheckpointHandler().restore(self._steps.path(step) / 'state', args=args)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here, which is not its fault
+      raise
+    except Exception as e:  # whatever Orbax and TensorStore make of a broken file
+      why = _first_line(e)
+    # One process may be able to read its part where another is not.
+    reasons = processes.share([r for r in processes.collect(why) or () if r])
+    if reasons:
+      raise Damaged(f'its arrays cannot be read: {reasons[0]}')
+    return traverse_util.flatten_dict(found, sep='/')
+
+  # ------------------------------------------------------------------------------------- writing
+
+  def _finish(self, step: int) -> None:
+    """In the background: waits for the commit and deletes what it supersedes."""
+    try:
+      self._checkpointer.wait_until_finished()
+    except Exception as e:
+      raise self._not_saved(step, e) from e
+    if processes.index() == 0:
+      there = self.steps()
+      keep = {self.best(), *there[-self._keep_last :]}
+      keep |= {step for step in there if self._keep_every and step % self._keep_every == 0}
+      for step in set(there) - keep:
+        self._steps.delete(step)
+
+  def _not_saved(self, step: int, error: Exception) -> StorageError:
+    if processes.index() == 0:
+      self._steps.remove_unfinished()  # the disk may be full of it
+    return StorageError(
+      f'checkpoint {step} could not be saved in {self.directory}: {_first_line(error)}'
+    )
 
 
-def _flat(tree: Any, path: str = '') -> dict[str, Any]:
-  names = {
-    jax.tree_util.keystr(p, simple=True, separator='/'): x
-    for p, x in jax.tree.leaves_with_path(tree)
-  }
-  return {'/'.join(filter(None, (path, name))): x for name, x in names.items()}
-
-
-def _differences(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-  def kind(x):
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x = jax.eval_shape(jax.random.key_data, x)
-    return f'{x.dtype}{list(x.shape)}'
-
-  kinds = {name: (kind(stored[name]), kind(wanted[name])) for name in wanted if name in stored}
-  found = [f'{name} is {a} there and {b} here' for name, (a, b) in kinds.items() if a != b]
-  found += [f'{name} is not in it' for name in wanted if name not in stored]
-  return found + [f'{name} is only in it' for name in stored if name not in wanted]
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,6 +1,8 @@
 """The command line: what every command does before and after its work."""
 
 import contextlib
+import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +11,9 @@ from typing import Any
 from absl import app, flags
 
 from lmjax import config, processes
-from lmjax.config import UserError
+from lmjax.errors import Restart, StorageError, UserError
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
@@ -18,10 +22,15 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   if {'-h', '--help', '--helpshort'} & set(argv):
     app.usage(shorthelp=True, exitcode=0)
   try:
+    signal.signal(signal.SIGTERM, _stop)
     config.parse_flags(argv)
     main()
   except (KeyboardInterrupt, Exception) as e:
     sys.exit(_explain(e))
+
+
+def _stop(*_: object) -> None:
+  raise Restart('stopped by SIGTERM')
 
 
 def _explain(error: BaseException) -> int:
@@ -32,6 +41,9 @@ def _explain(error: BaseException) -> int:
   if hasattr(error, 'exit_code'):
     print(f'lmjax: {error}', file=sys.stderr)
     return error.exit_code
+  if isinstance(error, OSError) and error.errno in _STORAGE:
+    print(f'lmjax: storage: {error}', file=sys.stderr)
+    return StorageError.exit_code
   traceback.print_exception(error)  # a bug of ours
   return 1
 

@@ -25,18 +25,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from lmjax import schema
+from lmjax.errors import UserError
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
 Overrides = dict[str, Any]  # dotted key -> value
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
 LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
-
-
-class UserError(ValueError):
-  """The user's mistake, said in one sentence; the command line turns it into exit code 2."""
-
-  exit_code = 2
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from lmjax import command, metrics, record, sharding
 from lmjax.checkpoint import Checkpoints
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
 from lmjax.data import loader
+from lmjax.errors import UserError
 from lmjax.experiment import Experiment, keep_programs, open_run, run_path
 
 
@@ -38,22 +39,37 @@ class Evaluator:
     self.parts, self.mesh = parts, mesh
     self._step = make_step(parts)
 
-  def __call__(self, params: Any) -> dict[str, float]:
-    """'eval/<set>/<name>' -> value: loss, its terms, the metrics, perplexity, bits per byte."""
-    sets = {name: self._evaluate(name, params) for name in self.parts.config['data']['eval']}
-    return {f'eval/{name}/{key}': x for name, values in sets.items() for key, x in values.items()}
+  def __call__(
+    self, params: Any, stop: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """'eval/<set>/<name>' -> value: loss, its terms, the metrics, perplexity, bits per byte.
 
-  def _evaluate(self, name: str, params: Any) -> dict[str, float]:
+    None where `stop`, which is asked before every batch, says so.
+    """
+    values = {}
+    for name in self.parts.config['data']['eval']:
+      fetched = self._fetch(name, params, stop)
+      if fetched is None:
+        return None
+      found = self._values(name, fetched)
+      values |= {f'eval/{name}/{key}': x for key, x in found.items()}
+    return values
+
+  def _fetch(self, name: str, params: Any, stop: Callable[[], bool]) -> list[Any] | None:
     c = self.parts.config
     examples, rows = self.parts.examples(name), self.parts.rows(self.mesh)
     batches = loader.eval_batches(examples, c['batch'], c['evaluate']['batches'], rows)
     fetched, running = [], None
     for batch in batches:
+      if stop():
+        return None
       ahead = self._step(params, self.parts.place(batch, self.mesh))
       if running is not None:  # fetched a batch late, so that the device always has work
         fetched.append(jax.device_get(running))
       running = ahead
-    fetched.append(jax.device_get(running))
+    return [*fetched, jax.device_get(running)]
+
+  def _values(self, name: str, fetched: list[Any]) -> dict[str, float]:
     # Float32 counts no further than 2^24 targets.
     sums = jax.tree.map(lambda *parts: math.fsum(map(float, parts)), *fetched)
     terms, numbers = ({key: mean.compute() for key, mean in part.items()} for part in sums)

@@ -16,9 +16,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from lmjax import metrics, models, objectives, processes, sharding
-from lmjax.config import UserError, base
+from lmjax.config import base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
+from lmjax.errors import UserError
 from lmjax.optimizer import Optimizer
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from flax import linen as nn
 
 from lmjax import command, record, sharding
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.evaluate import restore_params
 from lmjax.experiment import Experiment, keep_programs, open_run
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 
 GIB, GB = 2**30, 1e9
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import tqdm
 from etils import epath
 
 from lmjax import processes
+from lmjax.errors import NonFinite, UserError
 
 
 class Mean(NamedTuple):
@@ -61,12 +62,6 @@ def _count(jaxpr: Any) -> int:
 # --------------------------------------------------------------------------------------- writing
 
 
-class NonFinite(FloatingPointError):
-  """The loss or the gradient is no longer a number."""
-
-  exit_code = 70
-
-
 class Log:
   """What a run says: metrics.jsonl and ledger.jsonl, TensorBoard, a bar or lines for a person.
 
@@ -83,10 +78,14 @@ class Log:
     options: Mapping[str, Any],
     cost: Mapping[str, float],
     saved: Callable[[], list[int]],
+    held: Iterable[Any] = (),
+    evaluated: bool = True,
   ):
     """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together.
 
-    `saved` says which steps have a checkpoint.
+    `saved` says which steps have a checkpoint; `held` is what `hold` returned, and
+    `evaluated` says whether the evaluation that was due after step `start` came before its
+    checkpoint.
     """
     self._steps, self._every, self._cost, self._workdir = steps, options['every'], cost, workdir
     self._saved = saved
@@ -94,7 +93,7 @@ class Log:
     self._writes = processes.index() == 0
     for name in ('metrics', 'ledger') if self._writes else ():
       path = workdir / f'{name}.jsonl'
-      _truncate(path, start)
+      _truncate(path, start, evaluated)
       self._files[name] = path.open('a')
     self._board = None
     if options['tensorboard'] and self._writes:
@@ -104,6 +103,11 @@ class Log:
     self._bar = tqdm.tqdm(
       total=steps, initial=start, unit='step', disable=not sys.stdout.isatty(), file=sys.stdout
     )
+    mean = lambda part: {name: Mean(*pair) for name, pair in part.items()}
+    self._settled = [
+      (step, hash_, n | {'terms': mean(n['terms']), 'metrics': mean(n['metrics'])})
+      for step, hash_, n in held
+    ]
     self._pending: list[tuple[int, int, Any]] = []
     self._history: collections.deque[float] = collections.deque(maxlen=5)
     self.restart_clock()
@@ -144,22 +148,19 @@ class Log:
     Raises:
       NonFinite: naming the first step whose loss or gradient is not finite.
     """
-    steps, fingerprints, numbers = zip(*self._pending, strict=True)
-    self._pending = []
-    numbers = jax.device_get(numbers)
-    seconds, waited = time.perf_counter() - self._began, self._waited
+    seconds, waited, count = time.perf_counter() - self._began, self._waited, len(self._pending)
+    self._settle()
+    steps, hashes, numbers = zip(*self._settled, strict=True)
+    self._settled = []
     self.restart_clock()
-    if everyones := processes.collect(fingerprints):
-      for step, *parts in zip(steps, *everyones, strict=True):
-        line = {'step': step, 'hash': f'{sum(parts) % (1 << 64):016x}'}
-        self._files['ledger'].write(json.dumps(line) + '\n')
+    if self._writes:
+      for step, total in zip(steps, hashes, strict=True):
+        self._files['ledger'].write(json.dumps({'step': step, 'hash': f'{total:016x}'}) + '\n')
       self._files['ledger'].flush()
-    for step, result in zip(steps, numbers, strict=True):
-      self._check_finite(step, result)
     self._bar.update(len(steps))
-    rate = len(steps) / seconds
     values = _average([n['terms'] for n in numbers], [n['metrics'] for n in numbers])
     values |= {f'optimizer/{key}': float(x) for key, x in numbers[-1]['optimizer'].items()}
+    rate = count / seconds
     values |= {
       'perf/tokens_per_second': rate * self._cost['tokens'],
       'perf/data_wait': waited / seconds,
@@ -167,6 +168,25 @@ class Log:
     if not math.isnan(self._cost['peak']):
       values['perf/mfu'] = rate * self._cost['flops'] / self._cost['peak']
     self.write(steps[-1], values)
+
+  def hold(self) -> list[Any]:
+    """What is not due to be written yet, in JSON, so that a run taken up here writes it when it is.
+
+    Raises NonFinite, as `flush` does.
+    """
+    self._settle()
+    return [[step, total, jax.tree.map(float, n)] for step, total, n in self._settled]
+
+  def _settle(self) -> None:
+    """Fetches the numbers of all steps so far, and looks at them."""
+    steps, fingerprints, numbers = zip(*self._pending, strict=True) if self._pending else [()] * 3
+    self._pending = []
+    numbers = jax.device_get(numbers)
+    everyones = processes.collect(fingerprints) or [[0] * len(steps)]
+    hashes = [sum(parts) % (1 << 64) for parts in zip(*everyones, strict=True)]
+    for step, result in zip(steps, numbers, strict=True):
+      self._check_finite(step, result)
+    self._settled += zip(steps, hashes, numbers, strict=True)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if not self._writes:
@@ -191,6 +211,28 @@ class Log:
         f'{before}; {kept} in {self._workdir}'
       )
     self._history.append(loss)
+
+
+def check_ledger(workdir: epath.Path, step: int, held: Iterable[Any], fingerprint: int) -> None:
+  """Raises a UserError where the batch of a logged step would be another one today.
+
+  `held` is what `Log.hold` returned; `fingerprint` that of the rows that this process counts.
+  """
+  parts = processes.collect(fingerprint)
+  wrong = ''
+  if parts:
+    now = sum(parts) % (1 << 64)
+    path = workdir / 'ledger.jsonl'
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    known = {line['step']: line['hash'] for line in lines if line['step'] == step}
+    known |= {at: f'{total:016x}' for at, total, _ in held if at == step}
+    if known.get(step, f'{now:016x}') != f'{now:016x}':
+      wrong = (
+        f'the batch of step {step} was {known[step]} in {workdir} and is {now:016x} now: the '
+        'data, or what makes batches of them, have changed, and the run cannot be taken up'
+      )
+  if wrong := processes.share(wrong):
+    raise UserError(wrong)
 
 
 def line(step: int, values: Mapping[str, float], steps: int | None = None) -> str:
@@ -223,12 +265,19 @@ def _average(terms: list, numbers: list) -> dict[str, float]:
   return {'train/loss': loss, **means}
 
 
-def _truncate(path: epath.Path, step: int) -> None:
-  """Keeps whole lines up to `step`: what a killed run wrote after its checkpoint comes again."""
+def _truncate(path: epath.Path, step: int, evaluated: bool) -> None:
+  """Keeps whole lines up to `step`: what a killed run wrote after its checkpoint comes again.
+
+  So does the evaluation of that step where the checkpoint is from before it.
+  """
   if not path.exists():
     return
-  lines = path.read_text().splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+  kept = []
+  for text in path.read_text().splitlines(keepends=True):
+    line = json.loads(text) if text.endswith('\n') else {'step': math.inf}
+    again = line['step'] == step and not evaluated and any(key.startswith('eval/') for key in line)
+    if line['step'] <= step and not again:
+      kept.append(text)
   _write(path, ''.join(kept))
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'rsqrt', 'wsd')
 _LIMITS = dict.fromkeys(('lr', 'final_lr', 'weight_decay', 'clip', 'eps', 'warmup_steps'), math.inf)

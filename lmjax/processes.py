@@ -14,17 +14,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lmjax import rollcall
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.rollcall import ARRIVAL
 
 # JAX takes a host for lost after so many seconds of silence, which a migrating machine or a switch
 # that fails over may need.  A process that dies is noticed at once, as its line is closed.
 HEARTBEAT = 30
 SHUTDOWN = 10  # all have said that they are done when this begins
+# One that is stopped or whose network is gone says nothing, and neither does its connection.
+PULSE, SILENCE = 3, 12  # seconds between signs of life, and without one until it is taken for lost
 
 _line: '_Line | None' = None
 
@@ -66,8 +68,15 @@ def start(
 
 def fail(code: int, error: BaseException) -> NoReturn:
   """Ends all processes, this one at once: Python's way out is JAX's, which waits for the others."""
-  said = str(error) if hasattr(error, 'exit_code') else repr(error)
-  _line.fail(code, f'process {_line.index} ({_line.hosts[_line.index]}) stopped: {said}')
+  leave(code, str(error) if hasattr(error, 'exit_code') else repr(error))
+
+
+def leave(code: int, why: str) -> NoReturn:
+  """Ends all processes at once, from any thread."""
+  if _line:
+    _line.fail(code, f'process {_line.index} ({_line.hosts[_line.index]}) stopped: {why}')
+  sys.stdout.flush()
+  os._exit(code)
 
 
 def finish() -> None:
@@ -160,6 +169,22 @@ def share(value: Any) -> Any:
   return value
 
 
+def peers() -> list[int]:
+  """Those that this process can tell something: process 0 all others, and these process 0."""
+  return sorted(_line.ends) if _line else []
+
+
+def on(kind: str, hear: Callable[[int, Any], None]) -> None:
+  """Calls hear(peer, value) in a thread of its own for what others `tell` of this kind."""
+  if _line:
+    _line.hear[kind] = hear
+
+
+def tell(peer: int, kind: str, value: Any) -> None:
+  """Sends a JSON value, which the other's main thread need not wait for."""
+  _line.send(peer, {kind: value})
+
+
 def wait() -> None:
   """Returns when all processes have come here."""
   share(collect(None) and None)
@@ -178,11 +203,13 @@ class _Line:
   def __init__(self, index: int, hosts: list[str], ends: dict[int, rollcall.End]):
     self.index, self.hosts, self.ends = index, hosts, ends
     self.inbox = {peer: queue.SimpleQueue() for peer in ends}
+    self.hear = {'value': lambda peer, value: self.inbox[peer].put(value), 'alive': lambda *_: None}
     self.closing = False
+    self._heard = dict.fromkeys(ends, time.monotonic())
     self._leaving, self._sending = threading.Lock(), threading.Lock()
-    listen = lambda peer: threading.Thread(target=self._listen, args=(peer,), daemon=True)
-    self._threads = [listen(peer) for peer in ends]
-    for thread in self._threads:
+    start = lambda *args: threading.Thread(target=args[0], args=args[1:], daemon=True)
+    self._threads = [start(self._listen, peer) for peer in ends]
+    for thread in (*self._threads, start(self._pulse)):
       thread.start()
 
   def send(self, peer: int, message: Any) -> None:
@@ -198,15 +225,33 @@ class _Line:
     failed = (75, f'process {peer} ({self.hosts[peer]}) has ended without a word')
     with contextlib.suppress(OSError):
       for text in self.ends[peer].lines:
-        message = json.loads(text)
-        if 'failed' in message:
-          failed = message['failed']
+        self._heard[peer] = time.monotonic()
+        ((kind, value),) = json.loads(text).items()
+        if kind == 'failed':
+          failed = value
           break
-        self.inbox[peer].put(message['value'])
+        self.hear[kind](peer, value)
+    self._lost(*failed)
+
+  def _pulse(self) -> None:
+    began = time.monotonic()
+    while not self.closing:
+      time.sleep(PULSE)
+      for peer in self.ends:
+        self.send(peer, {'alive': None})
+      before, began = began, time.monotonic()
+      if began - before > 2 * PULSE:  # it was this process that did nothing
+        self._heard = dict.fromkeys(self._heard, began)
+      for peer, heard in self._heard.items():
+        if began - heard > SILENCE:
+          who = f'process {peer} ({self.hosts[peer]})'
+          self._lost(75, f'{who} has not been heard of for {SILENCE} s')
+
+  def _lost(self, code: int, why: str) -> None:
     # The main thread may be inside a collective operation, where no exception reaches it.
     if not self.closing and self._leaving.acquire(blocking=False):
-      print(f'lmjax: {failed[1]}', file=sys.stderr)
-      self._leave(*failed)
+      print(f'lmjax: {why}', file=sys.stderr, flush=True)
+      self._leave(code, why)
 
   def _leave(self, code: int, why: str) -> NoReturn:
     for peer in self.ends:

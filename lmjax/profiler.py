@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 
 
 class Window:

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 
 _PACKAGES = ('lmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -37,11 +37,17 @@ def software() -> dict[str, Any]:
 
 def check_data(workdir: epath.Path, digests: Mapping[str, str]) -> None:
   """Raises a UserError where the data are not what they were when the run was begun."""
-  there = _read(workdir, 'record.json')['data']
+  check_same_data(workdir, _read(workdir, 'record.json')['data'], digests)
+
+
+def check_same_data(
+  where: epath.Path, there: Mapping[str, str], digests: Mapping[str, str]
+) -> None:
+  """Raises a UserError where `digests` are not `there`, of what was begun or saved at `where`."""
   for name, now in digests.items():
     if there.get(name) != now:
       raise UserError(
-        f'the data "{name}" changed since {workdir} was begun ({there.get(name)}, now {now})'
+        f'the data "{name}" changed since {where} was begun ({there.get(name)}, now {now})'
       )
 
 

@@ -11,15 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmjax.config import UserError
+from lmjax.errors import ProcessLost, UserError
 
 ARRIVAL = 30  # seconds in which all processes must have come
-
-
-class ProcessLost(RuntimeError):
-  """A process did not come or is gone: nothing is wrong with the command; start it again."""
-
-  exit_code = 75
 
 
 class End(NamedTuple):

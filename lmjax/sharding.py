@@ -23,7 +23,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax import processes
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 
 MESH_AXES = ('replica', 'data', 'sequence', 'model')
 Rules = list[tuple[str, tuple[str, ...]]]

@@ -1,4 +1,4 @@
-"""Training: run() is the loop, make_step() the step, init_state() what they work on."""
+"""Training: run() is the loop, make_step() the step, state.py what they work on."""
 
 import contextlib
 import os
@@ -6,43 +6,31 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import config as config_lib
 from lmjax import (
   experiment,
+  fingerprint,
   generate,
   hardware,
   metrics,
-  optimizer,
-  processes,
   profiler,
   record,
   sharding,
+  stopping,
 )
 from lmjax import workdir as workdir_lib
-from lmjax.checkpoint import Checkpoints
-from lmjax.config import UserError
 from lmjax.data import loader
-from lmjax.evaluate import Evaluator, check_best, restore_params
+from lmjax.errors import Restart, UserError
+from lmjax.evaluate import Evaluator, check_best
 from lmjax.experiment import Experiment
-
-
-@flax.struct.dataclass
-class TrainState:
-  """All that a step changes; arrays only."""
-
-  step: jax.Array  # int32, updates made
-  params: Any
-  opt_state: Any
-  rng: jax.Array  # a key; the noise of a step is folded from it
-
+from lmjax.saving import Saving
+from lmjax.state import TrainState, averaged, init_state, share_whole, warm_start
 
 # --------------------------------------------------------------------------------------- the step
 
@@ -91,30 +79,6 @@ def make_step(
   return step
 
 
-def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransformation, Callable]:
-  """(shapes and places of the state, the optimizer's transform, what makes the state)."""
-  c = parts.config
-  boxed = parts.boxed_shapes()
-  transform = parts.optimizer.transform(sharding.axis_names(boxed), c['steps'])
-  batch, strategy = parts.abstract_batch(), c['sharding']['strategy']
-  # What does not divide is said here, and not by a shard_map of the model.
-  of_params = sharding.param_shardings(boxed, mesh, strategy)
-  beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
-
-  def make() -> TrainState:
-    rng, params_rng = jax.random.split(jax.random.key(c['seed']))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-    params = nn.unbox(parts.init_params(params_rng, zeros))
-    return TrainState(jnp.int32(0), params, transform.init(params), rng)
-
-  shapes = jax.eval_shape(make)
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  places = jax.tree.map(lambda _: everywhere, shapes)
-  of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
-  places = places.replace(params=of_params, opt_state=of_state)
-  return sharding.placed(shapes, places), transform, jax.jit(make, out_shardings=places)
-
-
 def lower(
   parts: Experiment, mesh: Mesh, like: TrainState, transform: optax.GradientTransformation
 ) -> jax.stages.Lowered:
@@ -143,14 +107,23 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
   Raises:
     UserError: a mistake in the config, or a workdir that holds another experiment.
     NonFinite: the loss or gradient is no longer finite; the checkpoints before it are kept.
+    Restart: the run was asked to stop, by a signal; what it has done is saved.
   """
   c = config_lib.resolve(config)
   path = experiment.run_path(workdir)
   window = profiler.Window(profile, path / 'profile', c['steps'])
-  finished = workdir_lib.check(path, c)
-  if finished:
-    print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
-    return finished
+  with stopping.Stop() as stop:
+    finished = workdir_lib.check(path, c)
+    if finished:
+      print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
+      return finished
+    with workdir_lib.owned(path):
+      return _run(c, path, window, stop)
+
+
+def _run(
+  c: Mapping[str, Any], path: epath.Path, window: profiler.Window, stop: stopping.Stop
+) -> dict[str, Any]:
   parts = experiment.prepare(c)
   if c['log']['sample']:
     generate.check_causal(parts)
@@ -162,7 +135,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
   if jax.config.jax_disable_jit and 'tensor' in strategy and 1 < mesh.shape['model'] < mesh.size:
     raise UserError('--debug cannot leave a part of the devices to the compiler: sharding.data=1')
   if c['tokenizer'].get('vocab_size'):  # what cannot lie there: said before a tokenizer is made
-    _share_whole(init_state(experiment.sketch(c), mesh)[0], mesh, c)
+    share_whole(init_state(experiment.sketch(c), mesh)[0], mesh, c)
   digests = parts.digests
   if (path / 'record.json').exists():
     record.check_data(path, digests)
@@ -171,7 +144,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
-    return _train(parts, mesh, path, digests, window)
+    return _train(parts, mesh, path, digests, window, stop)
 
 
 def _train(
@@ -180,82 +153,95 @@ def _train(
   path: epath.Path,
   digests: dict[str, str],
   window: profiler.Window,
+  stop: stopping.Stop,
 ) -> dict[str, Any]:
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
   count = sum(x.size for x in jax.tree.leaves(like.params))
-  whole = _share_whole(like, mesh, c)
+  whole = share_whole(like, mesh, c)
   print(f'{count:,} parameters, {whole:.1%} of them whole on each of {mesh.size} device(s)')
   rows = parts.rows(mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
-
-  def saved():
-    checkpoints.wait()
-    return checkpoints.steps()
 
   def load(step):
     batch = data.batch(step)
     return loader.fingerprint(batch, rows), parts.place(batch, mesh)
 
   with contextlib.ExitStack() as stack:
-    keep = {key: c['checkpoint'][key] for key in ('keep_last', 'keep_every', 'keep_best')}
-    checkpoints = stack.enter_context(Checkpoints(path / 'checkpoints', **keep))
-    restored = checkpoints.restore(like)
-    start = restored[0] if restored else 0
-    if restored:
+    saving = stack.enter_context(Saving(path, c, digests))
+    start, state, meta = saving.restore(like, data)
+    if start:
       print(f'resuming at step {start} of {steps}', flush=True)
-    state = restored[1] if restored else _warm_start(parts, mesh, make_state(), transform)
+    else:
+      state = warm_start(parts, mesh, make_state(), transform)
     workdir_lib.describe(parts, path, digests)
     eager = jax.config.jax_disable_jit
     step_fn = (
       make_step(parts, transform) if eager else _compile(lower(parts, mesh, like, transform))
     )
-    processes.wait()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
-    cost = {
-      'tokens': c['batch'] * c['length'],
-      'flops': parts.flops.model,
-      'peak': hardware.peak_flops() * mesh.size,  # nan where nobody knows it
-    }
-    log = metrics.Log(path, start, steps, c['log'], cost, saved)
+    stop.begin()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
+    log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), saving.steps, **meta)
     stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
     stack.enter_context(window)
+    watchdog = stack.enter_context(stopping.Watchdog())
     evaluator = Evaluator(parts, mesh)
-    # A run killed after its last checkpoint has only this left to do.
-    values = evaluator(_averaged(state)) if start == steps else {}
 
+    def is_due(what, step):
+      return step == steps or step % c[what]['every'] == 0
+
+    values = {}
+    if start == steps or not meta['evaluated']:  # the last start has come so far
+      values = evaluator(averaged(state), stop.tick)
+      if values is None:
+        raise _stopped(stop, start, steps)
+      if not meta['evaluated']:
+        log.write(start, values)
+
+    running = None
     for step in range(start + 1, steps + 1):
       with log.waiting():
-        fingerprint, batch = next(batches)
+        digest, batch = next(batches)
       window.before(step)
-      with jax.transfer_guard('allow' if eager else 'disallow'):
-        state, numbers = step_fn(state, batch)
+      with watchdog.step():
+        with jax.transfer_guard('allow' if eager else 'disallow'):
+          state, numbers = step_fn(state, batch)
+        # One step is computed and one waits for it: no process is further ahead of another.
+        jax.block_until_ready(running)
+        running = numbers
       window.after(step, numbers)
-      log.push(step, fingerprint, numbers)
+      log.push(step, digest, numbers)
 
-      evaluate, save = (
-        step == steps or step % c[what]['every'] == 0 for what in ('evaluate', 'checkpoint')
-      )
-      if evaluate or save:
-        log.flush()  # raises where the numbers are not finite: such a state is never saved
-        values = evaluator(_averaged(state)) if evaluate else {}
-        if evaluate:
+      asked, evaluate, due = stop.tick(), is_due('evaluate', step), is_due('checkpoint', step)
+      if evaluate or due or asked:
+        # What is raised where the numbers are not finite keeps such a state from being saved.
+        held = log.hold() if asked and not (evaluate or due) else log.flush()
+        values = evaluator(averaged(state), stop.tick) if evaluate and not asked else {}
+        asked = asked or values is None
+        evaluated = not evaluate or bool(values)
+        if evaluate and evaluated:
           log.write(step, values)
-        if save:
-          checkpoints.save(step, state, {'step': step}, values)
+        if due or asked:
+          meta = {'held': held or [], 'evaluated': evaluated}
+          saving.save(step, state, meta, values or {}, last=asked or step == steps)
+        if asked:
+          raise _stopped(stop, step, steps)
         log.restart_clock()
-    checkpoints.wait()
     return _finish(parts, path, state, values)
 
 
-def _share_whole(like: TrainState, mesh: Mesh, config: Mapping[str, Any]) -> float:
-  c = config['sharding']
-  return sharding.unsharded(like.params, mesh, c['strategy'], c['max_unsharded'])
+def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
+  """What a step costs and what there is to pay for it, for the log."""
+  c = parts.config
+  return {
+    'tokens': c['batch'] * c['length'],
+    'flops': parts.flops.model,
+    'peak': hardware.peak_flops() * mesh.size,  # nan where nobody knows it
+  }
 
 
-def _averaged(state: TrainState) -> Any:
-  average = optimizer.averaged(state.opt_state)
-  return state.params if average is None else average
+def _stopped(stop: stopping.Stop, step: int, steps: int) -> Restart:
+  return Restart(f'stopped by {stop.reason} after step {step} of {steps}, which is saved')
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -263,24 +249,6 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   compiled = lowered.compile()
   print(f'compiled the step in {time.perf_counter() - began:.1f} s', flush=True)
   return compiled
-
-
-def _warm_start(
-  parts: Experiment, mesh: Mesh, state: TrainState, transform: optax.GradientTransformation
-) -> TrainState:
-  """The fresh state, or one that begins with the parameters of the run that the config names."""
-  source = parts.config['init_from']
-  if not source:
-    return state
-  other = experiment.open_run(source)
-  if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
-    raise UserError(f'init_from = {source} was trained with another tokenizer')
-  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-  like = sharding.placed(state.params, places(state.params))
-  _, params = restore_params(other, source, mesh, like=like)
-  # Averages of parameters begin with these as well.
-  opt_state = jax.jit(transform.init, out_shardings=places(state.opt_state))(params)
-  return state.replace(params=params, opt_state=opt_state)
 
 
 def _finish(
@@ -291,10 +259,12 @@ def _finish(
     'step': parts.config['steps'],
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
     'metrics': values,
+    'params_fingerprint': fingerprint.of_tree(state.params),
+    'state_fingerprint': fingerprint.of_tree(state),
   }
   prompt = parts.config['log']['sample']
   if prompt:
-    result['sample'] = generate.continue_text(parts, _averaged(state), prompt)
+    result['sample'] = generate.continue_text(parts, averaged(state), prompt)
     print(f'\n{result["sample"]}\n')
   metrics.write_json(path / 'result.json', result)
   return result

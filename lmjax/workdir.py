@@ -1,15 +1,21 @@
 """The directory of a run: whose it is, and what it says of the run."""
 
+import contextlib
+import datetime
+import fcntl
 import json
+import os
+import shutil
+import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from lmjax import metrics, processes, record
-from lmjax.config import UserError
+from lmjax.errors import StorageError, UserError
 from lmjax.experiment import Experiment
 
 # What may differ when a run is taken up again: where and how it is computed, but not what.
@@ -50,6 +56,57 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   if not processes.share(seen and all(seen)):
     raise UserError(f'{path} is not the same for all: all hosts need one workdir together')
   return None
+
+
+@contextlib.contextmanager
+def owned(path: epath.Path) -> Iterator[None]:
+  """Of all runs only one is in here.  When its process dies, however it does, another may come.
+
+  Buckets and some network disks have no locks: there it is the user who sees to it.
+
+  Raises:
+    UserError: who is in here.
+  """
+  with contextlib.ExitStack() as stack:
+    wrong = processes.share(_lock(path, stack) if processes.index() == 0 else None)
+    if wrong:
+      raise UserError(wrong)
+    yield
+
+
+def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str:
+  if '://' in str(path):
+    return ''
+  file = stack.enter_context(open(path / '.lock', 'a+'))  # noqa: SIM115
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    return f'another run is at work in {path}: {file.read() or "begun just now"}'
+  except OSError:
+    return ''
+  file.truncate(0)
+  since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  print(f'process {os.getpid()} on {socket.gethostname()}, since {since}', end='', file=file)
+  file.flush()
+  return ''
+
+
+def check_space(path: epath.Path, size: int, count: int) -> None:
+  """Raises a StorageError where a local disk has no room for so many checkpoints of so many bytes.
+
+  One more than are kept lies there while it is written, and they hardly compress.
+  """
+  wrong = ''
+  if processes.index() == 0 and '://' not in str(path):
+    free, count = shutil.disk_usage(path).free, max(1, count)
+    if free < count * size:
+      wrong = (
+        f'{path} has {free / 1e9:.2f} GB free, and needs room for {count} more checkpoints '
+        f'of {size / 1e9:.2f} GB (checkpoint.keep_last, and one while it is written)'
+      )
+  if wrong := processes.share(wrong):
+    raise StorageError(wrong)
 
 
 def describe(parts: Experiment, path: epath.Path, digests: Mapping[str, str]) -> None:

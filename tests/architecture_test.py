@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 FLOORS = [
   [
     [
-      *('schema', 'config', 'rollcall', 'processes', 'command', 'metrics', 'hardware', 'roofline'),
-      'profiler',
+      *('errors', 'schema', 'config', 'rollcall', 'processes', 'command', 'metrics'),
+      *('hardware', 'roofline', 'profiler', 'fingerprint', 'stopping'),
       *('hlo', 'hlo.text', 'hlo.collectives', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
     ],
   ],
@@ -37,7 +37,7 @@ FLOORS = [
     ['data'],
     ['optimizer'],
     ['sharding'],
-    ['checkpoint'],
+    ['steps', 'checkpoint'],
     ['record'],
   ],
   [['objectives', 'objectives.clm'], ['objectives.mlm']],
@@ -47,6 +47,8 @@ FLOORS = [
       'workdir',
       'evaluate',
       'generate',
+      'state',
+      'saving',
       'train',
       'plan',
       'plan.search',

@@ -1,7 +1,10 @@
 """The same bits on any mesh, what is kept, what is no checkpoint, mistakes in words."""
 
+import gc
 import json
 import logging
+import pathlib
+import shutil
 import threading
 
 import flax.struct
@@ -11,9 +14,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from lmjax import config, evaluate, experiment, fingerprint, train
+from lmjax import sharding as sharding_lib
 from lmjax.checkpoint import Checkpoints
-from lmjax.config import UserError
+from lmjax.errors import StorageError, UserError
 from lmjax.optimizer import Ema
 
 
@@ -154,26 +160,41 @@ def test_what_is_kept(tmp_path, kwargs, kept):
     assert checkpoints.best() == best
 
 
-def test_what_has_no_meta_is_no_checkpoint(tmp_path):
+def test_what_has_no_manifest_is_no_checkpoint(tmp_path, capsys):
   state = {'w': jnp.arange(4.0)}
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
     for step in (10, 20):
       checkpoints.save(step, state, {})
   (tmp_path / '77').mkdir()
   (tmp_path / '30' / 'state').mkdir(parents=True)
+  (tmp_path / '88').write_text('a file')
   (tmp_path / '40.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+  (tmp_path / '.deleting-5' / 'state').mkdir(parents=True)
   (tmp_path / 'notes').mkdir()
+  (tmp_path / '007').mkdir()
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.steps() == [10, 20]
+  assert (tmp_path / '40.orbax-checkpoint-tmp').exists()
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    said = capsys.readouterr().err
+    for step in (30, 77, 88):
+      where = f'{tmp_path}/quarantine/{step}'
+      assert (
+        f'lmjax: checkpoint {tmp_path}/{step} is damaged (it has no manifest): moved to {where}\n'
+        in said
+      )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['007', '10', '20', 'notes', 'quarantine']
     assert checkpoints.steps() == [10, 20]
     assert checkpoints.restore(like(state))[0] == 20
-    for step in (30, 25):  # a directory is in the way; older than the newest directory
+    (tmp_path / '25').mkdir()  # while the run goes on
+    for step in (30, 25):  # older than the newest
       checkpoints.save(step, state, {'new': True})
       checkpoints.wait()
       assert checkpoints.meta(step) == {'new': True}
-      assert not (tmp_path / '40.orbax-checkpoint-tmp').exists()
     assert checkpoints.steps() == [25, 30]
-    with pytest.raises(ValueError, match='already exists'):
+    with pytest.raises(AssertionError):
       checkpoints.save(30, state, {})
+  assert sorted(p.name for p in (tmp_path / 'quarantine').iterdir()) == ['25', '30', '77', '88']
 
 
 def test_a_failed_save_is_raised_once_and_leaves_nothing(tmp_path, monkeypatch):
@@ -181,12 +202,14 @@ def test_a_failed_save_is_raised_once_and_leaves_nothing(tmp_path, monkeypatch):
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    with monkeypatch.context() as patch:
-      patch.setattr('orbax.checkpoint.PyTreeCheckpointHandler.finalize', fail)
-      checkpoints.save(2, state, {})
-      with pytest.raises(OSError, match='disk full'):
-        checkpoints.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ['1']
+    said = rf'checkpoint 2 could not be saved in {tmp_path}: \[Errno 28\] disk full'
+    for broken in ('PyTreeCheckpointHandler.finalize', 'AsyncCheckpointer.save'):
+      with monkeypatch.context() as patch:
+        patch.setattr(f'orbax.checkpoint.{broken}', fail)
+        with pytest.raises(StorageError, match=said):  # noqa: PT012, at once or in the background
+          checkpoints.save(2, state, {})
+          checkpoints.wait()
+      assert [path.name for path in tmp_path.iterdir()] == ['1']
     checkpoints.save(2, state, {})
     with pytest.raises(TypeError):
       checkpoints.save(3, state, {'not json': object()})
@@ -194,31 +217,170 @@ def test_a_failed_save_is_raised_once_and_leaves_nothing(tmp_path, monkeypatch):
       checkpoints.save(3, {'w': jnp.zeros(0)}, {})
     checkpoints.save(3, state, {})
   assert [path.name for path in tmp_path.iterdir()] == ['3']
+  assert StorageError.exit_code == 74
 
 
 def fail(*args, **kwargs):
   raise OSError(28, 'disk full')
 
 
-def test_half_deleted_steps_are_no_checkpoints(tmp_path, monkeypatch):
-  """A kill during deletion: the second removal never happens."""
+def test_half_deleted_steps_are_no_checkpoints(tmp_path, monkeypatch, capsys):
+  """A kill during deletion: after the renaming nothing is removed."""
   from etils.epath import gpath
 
-  state, removed = {'w': jnp.ones(2)}, []
+  state = {'w': jnp.ones(2)}
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    rmtree = gpath.PosixGPath.rmtree
-    monkeypatch.setattr(
-      gpath.PosixGPath,
-      'rmtree',
-      lambda path, *args, **kw: fail() if removed else removed.append(rmtree(path, *args, **kw)),
-    )
-    checkpoints.save(2, state, {})
-    with pytest.raises(OSError, match='disk full'):
+    with monkeypatch.context() as patch:
+      patch.setattr(gpath.PosixGPath, 'rmtree', fail)
+      checkpoints.save(2, state, {})
       checkpoints.wait()
-    assert (tmp_path / '1').exists()
+    assert f'{tmp_path}/.deleting-1 could not be deleted: [Errno 28]' in capsys.readouterr().err
     assert checkpoints.steps() == [2]
+  with Checkpoints(tmp_path) as checkpoints:
+    assert [path.name for path in tmp_path.iterdir()] == ['2']
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1 << (len(data) % 8)
+  path.write_bytes(data)
+
+
+DAMAGES = {
+  'flipped': flip,
+  'cut': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+  'emptied': lambda path: path.write_bytes(b''),
+  'deleted': lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('checkpoints')
+  with Checkpoints(directory) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make_state(8, seed=step), {'step': step}, {'loss': step})
+  return directory
+
+
+FILES = [
+  *('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA', 'state/_sharding'),
+  *('state/manifest.ocdbt', 'state/d/*', 'state/array_metadatas/process_0'),
+  *('state/ocdbt.process_0/manifest.ocdbt', 'state/ocdbt.process_0/d/*'),
+]
+
+
+NEEDED = ('meta/metadata', 'state/d/*')
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # what Orbax leaves
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('pattern', FILES)
+def test_a_damaged_step_is_set_aside_or_bit_equal(tmp_path, two_steps, pattern, damage, capsys):
+  damaged = 0
+  for number, file in enumerate(sorted((two_steps / '2').glob(pattern))):
+    directory = tmp_path / str(number)
+    shutil.copytree(two_steps, directory)
+    DAMAGES[damage](directory / file.relative_to(two_steps))
+    with Checkpoints(directory) as checkpoints:
+      step, state, meta = checkpoints.restore(like(make_state(), 4))
+      assert_same_bits(state, make_state(seed=step))
+      assert meta == {'step': step}
+      said = capsys.readouterr().err
+      aside = directory / 'quarantine' / '2'
+      assert (step == 1) == aside.exists() == (f'{directory}/2 is damaged (' in said)
+      if step == 1:
+        damaged += 1
+        checkpoints.save(2, state, {'step': 'again'})
+    assert checkpoints.meta(2) == {'step': 'again' if step == 1 else 2}
+  gc.collect()
+  assert damaged or pattern not in NEEDED
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_flipped_bits_in_arrays_that_orbax_does_not_notice(tmp_path):
+  state = {'w': jnp.asarray(np.random.default_rng(0).normal(size=20_000), jnp.float32)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+  file = max((tmp_path / '1' / 'state').rglob('*'), key=lambda path: path.stat().st_size)
+  data, said = file.read_bytes(), []
+  assert len(data) > 50_000
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    for place in range(1000, len(data), len(data) // 8):
+      file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+      with pytest.raises(StorageError) as error:
+        checkpoints.restore(like(state), 1)
+      said.append(str(error.value))
+    file.write_bytes(data)
+    assert_same_bits(checkpoints.restore(like(state), 1)[1], state)
+  gc.collect()
+  assert any('/1 is damaged: w: not what was saved' in text for text in said)
+
+
+def test_arrays_of_another_step_are_not_taken_for_this_one(tmp_path, two_steps, capsys):
+  shutil.copytree(two_steps, tmp_path / 'c')
+  for name in ('1', '2'):
+    (tmp_path / 'c' / name).rename(tmp_path / name)
+  (tmp_path / '2' / 'state').rename(tmp_path / 'c' / '2')
+  (tmp_path / '1' / 'state').rename(tmp_path / '2' / 'state')
+  (tmp_path / 'c' / '2').rename(tmp_path / '1' / 'state')
+  wanted = like(make_state())
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    with pytest.raises(StorageError, match=r'/2 is damaged: step and \d+ more: not what was saved'):
+      checkpoints.restore(wanted, 2)
+    with pytest.raises(
+      StorageError, match=r'no checkpoint in .* is whole, and a run does not begin'
+    ):
+      checkpoints.restore(wanted)
+    assert checkpoints.steps() == [1, 2]
+  for _ in range(2):
+    with (
+      Checkpoints(tmp_path) as checkpoints,
+      pytest.raises(StorageError, match=r'/2: step and \d+ more: not what .*/1: step and \d+ more'),
+    ):
+      checkpoints.restore(wanted)
+    assert capsys.readouterr().err == ''
+  for step in (1, 2):  # now nothing is left of them but what is set aside
+    (tmp_path / str(step) / 'meta' / 'metadata').unlink()
+  for _ in range(2):
+    with (
+      Checkpoints(tmp_path) as checkpoints,
+      pytest.raises(StorageError, match=r'no checkpoint in .* is whole, and a run does not begin'),
+    ):
+      checkpoints.restore(wanted)
+  assert sorted(p.name for p in (tmp_path / 'quarantine').iterdir()) == ['1', '2']
+
+
+def test_a_newer_format_is_refused_and_left_alone(tmp_path, monkeypatch):
+  state = {'w': jnp.ones(2)}
+  with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
+    patch.setattr('lmjax.steps.FORMAT', 9)
+    checkpoints.save(1, state, {})
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(UserError, match=r'/1 has format 9, of a newer lmjax; this one reads formats up'),
+  ):
+    checkpoints.restore(like(state))
+  assert [path.name for path in tmp_path.iterdir()] == ['1']
+
+
+def test_another_type_is_refused_unless_asked_for(tmp_path):
+  state = {'w': jnp.arange(4.0), 'key': jax.random.key(0)}
+  half = {'w': state['w'].astype(jnp.bfloat16), 'key': state['key']}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+    with pytest.raises(UserError, match=r'w is float32.* there and bfloat16.* here'):
+      checkpoints.restore(like(half))
+    _, found, _ = checkpoints.restore(like(half), cast=True)
+    assert_same_bits(found, half)
+    longer = {'w': jnp.arange(5.0), 'key': state['key']}
+    with pytest.raises(UserError, match=r'w is float32\[4\] there and float32\[5\] here'):
+      checkpoints.restore(like(longer), cast=True)
 
 
 def test_mistakes_are_sentences(tmp_path):
@@ -263,8 +425,49 @@ def test_mistakes_are_sentences(tmp_path):
     Checkpoints(tmp_path, keep_last=0)
 
 
-def test_the_document_is_plain_json(tmp_path):
+def test_the_manifest_is_plain_json(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {'w': jnp.ones(2)}, {'a': 1}, {'loss': jnp.float32(0.5)})
-  text = (tmp_path / '1' / 'meta' / 'metadata').read_text()
-  assert json.loads(text) == {'meta': {'a': 1}, 'metrics': {'loss': 0.5}}
+  manifest = json.loads((tmp_path / '1' / 'meta' / 'metadata').read_text())
+  assert len(manifest.pop('digest')) == 32
+  assert manifest == {
+    'format': 1,
+    'step': 1,
+    'meta': {'a': 1},
+    'metrics': {'loss': 0.5},
+    'arrays': {'w': ['float32', [2], fingerprint.of({'w': np.ones(2, np.float32)})['w']]},
+  }
+
+
+# ------------------------------------------------------------------------ what was saved long ago
+
+GOLDEN = pathlib.Path('tests/golden_checkpoint')  # format 1: step 3 of a GPT of 3,848 parameters
+LAYOUTS = {
+  'whole': {},
+  'unrolled': {'model.scan': False},
+  'zero': {'sharding.strategy': 'zero'},
+  'fsdp': {'sharding.strategy': 'fsdp'},
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_golden_checkpoint_opens_for_ever(layout):
+  """Where this fails, the runs that people have can no longer be taken up: let old formats in.
+
+  No new file takes this one's place; a new format is a second golden checkpoint beside it.
+  """
+  with Checkpoints(GOLDEN, read_only=True) as checkpoints:
+    c = ConfigDict(checkpoints.meta(3)['config'])
+    c.update_from_flattened_dict(LAYOUTS[layout] | {'sharding.max_unsharded': 1.0})
+    parts = experiment.sketch(config.resolve(c))
+    mesh = sharding_lib.make_mesh(parts.config['sharding'])
+    with jax.set_mesh(mesh), sharding_lib.logical_axes(parts.config['sharding']['strategy']):
+      step, state, _ = checkpoints.restore(train.init_state(parts, mesh)[0])
+      tokens = np.arange(8 * 16).reshape(8, 16) % 250
+      batch = {'tokens': tokens, 'targets': tokens[:, ::-1], 'weights': np.ones((8, 16))}
+      like = parts.abstract_batch()
+      batch = {name: np.asarray(batch[name], like[name].dtype) for name in like}
+      terms, _ = evaluate.make_step(parts)(state.params, parts.place(batch, mesh))
+  assert (step, int(state.step)) == (3, 3)
+  assert fingerprint.together(fingerprint.of(fingerprint.named(state))) == '5b079a3858f6933c'
+  assert terms['clm'].compute() == pytest.approx(5.553398, rel=1e-5)

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from lmjax import config, models, objectives, schema
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.optimizer import Optimizer
 
 QUICK = 'experiments/quickstart.py'

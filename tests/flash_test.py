@@ -13,8 +13,8 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from lmjax import sharding
-from lmjax.config import UserError
 from lmjax.data import loader
+from lmjax.errors import UserError
 from lmjax.models import attention as attention_lib
 from lmjax.models import flash, products, shards
 from lmjax.models.attention import Mask, attention, reference

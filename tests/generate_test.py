@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from lmjax import generate
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.models.positions import POSITIONS
 
 

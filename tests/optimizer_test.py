@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.optimizer import Optimizer, averaged, shardings
 
 AXES = {

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from lmjax import config, plan
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.plan import __main__ as plan_main
 from lmjax.plan import search as search_lib
 

@@ -17,9 +17,8 @@ import pytest
 from etils import epath
 
 from lmjax import evaluate, experiment, generate, processes, rollcall, sharding, train, workdir
-from lmjax.config import UserError
 from lmjax.data import loader
-from lmjax.rollcall import ProcessLost
+from lmjax.errors import ProcessLost, UserError
 from tests.invariance_test import OBJECTIVES, SIZES, curve
 from tests.train_test import as_file, lines
 

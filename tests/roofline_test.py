@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lmjax import hardware, roofline, sharding
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from tests.conftest import tpus
 
 SIZES = dict.fromkeys(sharding.MESH_AXES, 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmjax import sharding, train
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from tests.conftest import tpus
 
 EIGHT = {'replica': 1, 'data': -1, 'sequence': 1, 'model': 1}

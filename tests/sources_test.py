@@ -15,9 +15,9 @@ import sys
 import numpy as np
 import pytest
 
-from lmjax.config import UserError
 from lmjax.data import files, python_corpus, streams
 from lmjax.data.sources import open_source
+from lmjax.errors import UserError
 
 TEXTS = ['First.', 'Zweitens: Äpfel, 林檎, 🍎', 'third\r\nline\n', 'x' * 5000]
 

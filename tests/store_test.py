@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from lmjax.config import UserError
 from lmjax.data import sources, store, tokenizer
+from lmjax.errors import UserError
 
 BYTES = tokenizer.get('bytes', ())
 

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from lmjax.config import UserError
 from lmjax.data import tokenizer as tokenizers
+from lmjax.errors import UserError
 
 SPELT = '[SEP] [UNK][MASK] </s> <s> <0x0A> ▁ ▁▁a ⁇ ▅'
 NASTY = {

@@ -19,6 +19,7 @@ from etils import epath
 
 from lmjax import (
   config,
+  errors,
   evaluate,
   experiment,
   generate,
@@ -31,7 +32,7 @@ from lmjax import (
 )
 from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.models.positions import POSITIONS
 from tests.invariance_test import curve
 
@@ -233,6 +234,9 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, objective, at):
     file.write('{"step": 9, "train/lo')
   train.run(c, str(tmp_path / 'broken'))
   assert_same_run(tmp_path / 'straight', tmp_path / 'broken')
+  results = [json.loads((tmp_path / w / 'result.json').read_text()) for w in ('straight', 'broken')]
+  assert results[0] == results[1]
+  assert len({results[0]['params_fingerprint'], results[0]['state_fingerprint']}) == 2
 
 
 def as_file(c, directory) -> str:
@@ -306,9 +310,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path
   said = (
     r'step 2: the loss is .* the losses before it were 5\.\d+; checkpoint 1 is the last good one'
   )
-  with pytest.raises(metrics.NonFinite, match=said):
+  with pytest.raises(errors.NonFinite, match=said):
     train.run(c, str(tmp_path / 'run'))
-  assert metrics.NonFinite.exit_code == 70
+  assert errors.NonFinite.exit_code == 70
   assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['1']
   assert [line['step'] for line in lines(tmp_path / 'run', 'metrics')] == [1]
 
@@ -469,23 +473,6 @@ def test_bits_per_byte_are_left_out_where_the_tokens_lose_text(parts, tmp_path):
   assert [evaluator._encodes_all_text(name) for name in sets] == [True, False]
 
 
-def test_ctrl_c_is_a_sentence(tiny, tmp_path):
-  # A shell's background jobs, and all their children, ignore the signal unless told otherwise.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
-  # Without a save in flight, of which Orbax would say that it was cut off.
-  c = tiny('clm', steps=10**6, **{'checkpoint.every': 10**6, 'evaluate.every': 10**6})
-  command = [sys.executable, '-m', 'lmjax.main', as_file(c, tmp_path)]
-  process = subprocess.Popen([*command, f'--workdir={tmp_path / "run"}'], stderr=subprocess.PIPE)
-  metrics_file = tmp_path / 'run' / 'metrics.jsonl'
-  while not metrics_file.exists() or not metrics_file.read_text():
-    assert process.poll() is None
-    time.sleep(0.01)
-  process.send_signal(signal.SIGINT)
-  said = process.communicate(timeout=60)[1].decode()
-  assert process.returncode == 130, said
-  assert said.strip() == 'lmjax: interrupted; what was saved is kept'
-
-
 def test_an_objective_without_cross_entropy_has_no_perplexity(parts):
   made, mesh = parts('mlm'), sharding.make_mesh()
   params, model = train.init_state(made, mesh)[2]().params, made.model
@@ -514,5 +501,6 @@ def test_a_second_start_compiles_nothing(tiny, tmp_path):
     events.clear()
     train.run(config, tmp_path / name)
     assert ('cache_misses' in events) == (name == 'first')
-    assert ('cache_hits' in events) == (name == 'second')
+  # The first may meet small programs of its own a second time, when two threads want one at once.
+  assert 'cache_hits' in events
   jax.monitoring.unregister_event_listener(listen)

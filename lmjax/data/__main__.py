@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lmjax import command, config, experiment
-from lmjax.config import UserError
+from lmjax.errors import UserError
 
 
 def build(parts: experiment.Experiment) -> None:

@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
 from lmjax.data import streams
 from lmjax.data.streams import File
+from lmjax.errors import UserError
 
 MAX_LINE = 32 << 20  # bytes
 _HEAD = 64 << 10  # bytes of each text file that are looked at before anything else
@@ -33,8 +34,7 @@ _MAGIC = (
   (b'\xff\xfe', 'UTF-16 text'),
   (b'\xfe\xff', 'UTF-16 text'),
 )
-_PERCENT = r'(?:(\d+(?:\.\d+)?)%)?'
-_SLICE = re.compile(rf'\[{_PERCENT}:{_PERCENT}\]', re.ASCII)
+_SLICE = re.compile(r'\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\]', re.ASCII)
 _EVERYTHING = (fractions.Fraction(0), fractions.Fraction(1))
 
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from absl import logging
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 
 MIN_DOCUMENTS = 100
 MIN_BYTES = 1_000_000

@@ -20,8 +20,9 @@ import os
 import re
 from typing import Any, Protocol
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
 from lmjax.data import files, streams
+from lmjax.errors import UserError
 
 DOCUMENTS = ('file', 'line', 'paragraph')
 # No namespaces, arguments or leading dots: with them TFDS would look, or import code, elsewhere.

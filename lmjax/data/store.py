@@ -32,9 +32,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from lmjax.config import UserError
 from lmjax.data.pieces import Tokenizer
 from lmjax.data.sources import Source
+from lmjax.errors import UserError
 
 FORMAT = 1
 DOCUMENTS_PER_SHARD = 50_000

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 
 MAX_FILE = 4 << 30  # bytes of a decompressed file: it is held in memory
 _lock = threading.Lock()  # a handle has one position

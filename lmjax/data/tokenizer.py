@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
 from lmjax.data.pieces import (
   SPECIALS,
   Bytes,
@@ -27,6 +27,7 @@ from lmjax.data.pieces import (
   split_words,
   valid,
 )
+from lmjax.errors import UserError
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 # A line break with its indentation is one token: source code gets faster and no longer, and no

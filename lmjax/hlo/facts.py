@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from lmjax import hardware
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.hlo import buffers
 from lmjax.hlo.costs import Program
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 
 
 def get(name: str, size: str = '', **kwargs: Any) -> nn.Module:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lmjax.config import UserError
+from lmjax.errors import UserError
 from lmjax.models import products, shards
 
 QUERY, KEY = ('batch', 'length', 'heads', 'kv'), ('batch', None, 'heads', 'kv')

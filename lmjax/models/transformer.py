@@ -8,7 +8,8 @@ import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 from lmjax.models import flash, layers, shards
 from lmjax.models.attention import Attention, Mask
 from lmjax.models.positions import POSITIONS, NoPositions

@@ -24,7 +24,8 @@ import importlib
 import pathlib
 from typing import Any
 
-from lmjax.config import UserError, did_you_mean
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
 
 
 def get(name: str, **kwargs: Any):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lmjax.config import UserError
 from lmjax.data import corrupt, pack
 from lmjax.data.pieces import Tokenizer
 from lmjax.data.store import Store
+from lmjax.errors import UserError
 from lmjax.metrics import Mean
 from lmjax.models import heads, layers
 from lmjax.models.attention import Mask

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from lmjax import config, evaluate, experiment, hardware, roofline, sharding, train
-from lmjax.config import Overrides, UserError
+from lmjax.config import Overrides
+from lmjax.errors import UserError
 from lmjax.hlo import facts
 
 GIB = hardware.GIB

@@ -14,7 +14,8 @@ import sys
 from absl import flags
 
 from lmjax import command, config, hardware
-from lmjax.config import Overrides, UserError
+from lmjax.config import Overrides
+from lmjax.errors import UserError
 from lmjax.plan import Entry, Job, jobs, made, plan
 from lmjax.plan.measure import measure
 from lmjax.plan.search import search

@@ -7,7 +7,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lmjax import config, sharding
-from lmjax.config import Overrides, UserError
+from lmjax.config import Overrides
+from lmjax.errors import UserError
 from lmjax.models.transformer import REMAT
 from lmjax.plan import Entry, Job, made, plan
 

@@ -1,15 +1,19 @@
 """The ahead-of-time table: train steps compiled for TPUs that are not here, beside targets.
 
-python tests/benchmarks/ahead_of_time.py [--only 'gpt2.py:small' …] [--cache DIR]
+python tests/benchmarks/ahead_of_time.py [--only 'gpt2.py:small' …] [--shipped] [--cache DIR]
 
-A line of JSON for each program; compiling takes one to five minutes of two cores each, and what is
-compiled is kept.  A target is what a plain JAX program written for it reaches, or the best of other
-code bases compiled for the same work: dot FLOPs over 6 x matmul parameters x tokens, GiB of
-arguments and temporaries, GiB of memory traffic, GiB sent by a chip.
+With --shipped instead every experiment, as it is, on all of its TOPOLOGIES. A line of JSON for each
+program; compiling takes one to five minutes of two cores each, and what is compiled is kept. A
+target is what a plain JAX program written for it reaches, or the best of other code bases compiled
+for the same work: dot FLOPs over 6 x matmul parameters x tokens, GiB of arguments and temporaries,
+GiB of memory traffic, GiB sent by a chip.
 """
 
 import argparse
 import json
+import pathlib
+import runpy
+from collections.abc import Iterator
 
 from lmjax import config, hardware, plan
 
@@ -44,13 +48,23 @@ def measured(entry: plan.Entry, dense_tflop: float) -> tuple[float, ...]:
   )
 
 
+def shipped() -> Iterator[tuple[str, str, config.Overrides, None]]:
+  """Every variant of every experiment, wherever it is meant to run."""
+  for path in sorted(pathlib.Path('experiments').glob('*.py')):
+    for variant in runpy.run_path(str(path)).get('VARIANTS', ('',)):
+      for topology in config.meant_for(str(path)):
+        yield f'{path.name}:{variant}'.rstrip(':'), topology, {}, None
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', nargs='*', default=[])
+  parser.add_argument('--shipped', action='store_true')
   parser.add_argument('--cache', default='~/.cache/lmjax')
   flags = parser.parse_args()
-  hardware.prepare([])
-  for spec, topology, overrides, targets in ROWS:
+  rows = list(shipped()) if flags.shipped else ROWS
+  hardware.prepare([topology for _, topology, _, _ in rows])
+  for spec, topology, overrides, targets in rows:
     if flags.only and spec not in flags.only:
       continue
     path = f'experiments/{spec}'

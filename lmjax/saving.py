@@ -1,0 +1,77 @@
+"""The checkpoints of a run: what identifies them, and which of them a run outlives."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from lmjax import metrics, processes, record, workdir
+from lmjax.checkpoint import Checkpoints
+from lmjax.data import loader
+from lmjax.errors import StorageError
+
+FRESH = {'held': [], 'evaluated': True}  # see metrics.Log
+
+
+class Saving(contextlib.AbstractContextManager):
+  """Saves and takes up the run in a directory; every process makes the same calls."""
+
+  def __init__(self, path: epath.Path, config: Mapping[str, Any], digests: Mapping[str, str]):
+    c = config['checkpoint']
+    keep = {key: c[key] for key in ('keep_last', 'keep_every', 'keep_best')}
+    self._path, self._keep_last = path, c['keep_last']
+    self._about = {'config': config, 'data': digests}
+    self._checkpoints = Checkpoints(path / 'checkpoints', **keep)
+
+  def __exit__(self, *_: object) -> None:
+    self._checkpoints.close()
+
+  def restore(self, like: Any, data: loader.Loader) -> tuple[int, Any, dict[str, Any]]:
+    """(step, state, what the log needs) of the newest checkpoint; (0, None, FRESH) without one.
+
+    Raises:
+      StorageError: there is no room for checkpoints of this size, or none is whole.
+      UserError: it is of other data, or the data are no longer those of the ledger.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+    there = len(self._checkpoints.steps())
+    workdir.check_space(self._path, size, self._keep_last + 1 - there)
+    restored = self._checkpoints.restore(like)
+    if restored is None:
+      return 0, None, FRESH
+    step, state, meta = restored
+    record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
+    now = loader.fingerprint(data.batch(step - 1), data.rows)
+    metrics.check_ledger(self._path, step, meta['held'], now)
+    return step, state, {key: meta[key] for key in FRESH}
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any], values: dict, last: bool) -> None:
+    """Saves; one that cannot be written is outlived, unless it is the last that there will be.
+
+    Raises:
+      StorageError: the last one is not saved.
+    """
+    with _outlived():
+      self._checkpoints.wait()
+    with contextlib.nullcontext() if last else _outlived():
+      self._checkpoints.save(step, state, {**self._about, **meta}, values)
+      if last:
+        self._checkpoints.wait()
+
+  def steps(self) -> list[int]:
+    """Those that are committed when the one under way is."""
+    with _outlived():
+      self._checkpoints.wait()
+    return self._checkpoints.steps()
+
+
+@contextlib.contextmanager
+def _outlived() -> Iterator[None]:
+  try:
+    yield
+  except StorageError as e:
+    if processes.index() == 0:
+      print(f'lmjax: {e}; training goes on', file=sys.stderr, flush=True)

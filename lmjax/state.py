@@ -1,0 +1,80 @@
+"""What training works on: its arrays, their places on the mesh, and what they begin with."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lmjax import experiment, optimizer, sharding
+from lmjax.errors import UserError
+from lmjax.evaluate import restore_params
+from lmjax.experiment import Experiment
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes; arrays only."""
+
+  step: jax.Array  # int32, updates made
+  params: Any
+  opt_state: Any
+  rng: jax.Array  # a key; the noise of a step is folded from it
+
+
+def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransformation, Callable]:
+  """(shapes and places of the state, the optimizer's transform, what makes the state)."""
+  c = parts.config
+  boxed = parts.boxed_shapes()
+  transform = parts.optimizer.transform(sharding.axis_names(boxed), c['steps'])
+  batch, strategy = parts.abstract_batch(), c['sharding']['strategy']
+  # What does not divide is said here, and not by a shard_map of the model.
+  of_params = sharding.param_shardings(boxed, mesh, strategy)
+  beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
+
+  def make() -> TrainState:
+    rng, params_rng = jax.random.split(jax.random.key(c['seed']))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    params = nn.unbox(parts.init_params(params_rng, zeros))
+    return TrainState(jnp.int32(0), params, transform.init(params), rng)
+
+  shapes = jax.eval_shape(make)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  places = jax.tree.map(lambda _: everywhere, shapes)
+  of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
+  places = places.replace(params=of_params, opt_state=of_state)
+  return sharding.placed(shapes, places), transform, jax.jit(make, out_shardings=places)
+
+
+def share_whole(like: TrainState, mesh: Mesh, config: Mapping[str, Any]) -> float:
+  """The share of parameters that every device has whole; a UserError where it is too large."""
+  c = config['sharding']
+  return sharding.unsharded(like.params, mesh, c['strategy'], c['max_unsharded'])
+
+
+def averaged(state: TrainState) -> Any:
+  """The moving average of the parameters where the run keeps one, or else these."""
+  average = optimizer.averaged(state.opt_state)
+  return state.params if average is None else average
+
+
+def warm_start(
+  parts: Experiment, mesh: Mesh, state: TrainState, transform: optax.GradientTransformation
+) -> TrainState:
+  """The fresh state, or one that begins with the parameters of the run that the config names."""
+  source = parts.config['init_from']
+  if not source:
+    return state
+  other = experiment.open_run(source)
+  if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
+    raise UserError(f'init_from = {source} was trained with another tokenizer')
+  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  like = sharding.placed(state.params, places(state.params))
+  _, params = restore_params(other, source, mesh, like=like)
+  # Averages of parameters begin with these as well.
+  opt_state = jax.jit(transform.init, out_shardings=places(state.opt_state))(params)
+  return state.replace(params=params, opt_state=opt_state)

@@ -1,0 +1,178 @@
+"""How a run is asked to stop, and by whom: SIGTERM or SIGINT, to one or to any of its processes.
+
+All processes stop after the same step.  The one that is asked says so to process 0, which asks all
+how far they are; these wait there until they hear which step is the last.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lmjax import processes
+from lmjax.errors import Restart
+
+PATIENCE = 60.0  # seconds without a step, at least, before a run is taken for stuck
+
+
+class Stop(contextlib.AbstractContextManager):
+  """Inside, a first signal asks for a stop, a second is ignored, and a third ends the process.
+
+  Before `begin` there is nothing to save, and the first signal ends all processes.
+  """
+
+  def __init__(self):
+    self._changed = threading.Condition()
+    self._begun = self._waiting = False
+    self._tick, self._last = 0, None
+    self._count, self._name = 0, ''
+    self._ticks: dict[int, int] = {}
+    self._former: dict[int, Any] = {}
+
+  def __enter__(self) -> 'Stop':
+    processes.on('ask', lambda peer, name: self._ask(name))
+    processes.on('where', self._say_where)
+    processes.on('at', self._collect)
+    processes.on('last', self._hear_last)
+    if threading.current_thread() is threading.main_thread():
+      # The thread hears of a signal at once; Python's handlers wait for the main thread, which may
+      # be in the compiler or in a collective operation.
+      self._ear, mouth = socket.socketpair()
+      mouth.setblocking(False)
+      self._former_fd = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+      self._mouth = mouth
+      # A notebook's interrupt before there is anything to save is Python's.
+      self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+      self._thread = threading.Thread(target=self._listen, name='signals', daemon=True)
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._former:
+      signal.set_wakeup_fd(self._former_fd)
+      for number, handler in self._former.items():
+        signal.signal(number, handler)
+      self._mouth.close()  # which ends the thread
+      self._thread.join()
+      self._ear.close()
+
+  def begin(self) -> None:
+    """From here on there is something to save.  All processes have come here before any goes on."""
+    if self._former:
+      self._former[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    self._begun = True
+    processes.wait()
+
+  def tick(self) -> bool:
+    """Whether to stop here; all processes ask equally often, and all hear yes the same time."""
+    with self._changed:
+      self._tick += 1
+      self._changed.wait_for(lambda: not self._waiting)
+      return self._last is not None and self._tick >= self._last
+
+  @property
+  def reason(self) -> str:
+    return self._name
+
+  def _listen(self) -> None:
+    while heard := self._ear.recv(1):
+      number = heard[0]
+      if number != signal.SIGTERM and not (self._begun and number == signal.SIGINT):
+        continue
+      self._count += 1
+      name = signal.Signals(number).name
+      if not self._begun:
+        _say(f'stopped by {name} before the first step: nothing is lost; start it again')
+        processes.leave(Restart.exit_code, f'stopped by {name}')
+      if self._count == 1:
+        _say(f'{name}: stopping after this step, which will be saved')
+        self._ask(name)
+      if self._count > 2:
+        _say(f'{name} for the third time: leaving at once, without what is not saved yet')
+        os._exit(Restart.exit_code)
+
+  def _ask(self, name: str) -> None:
+    if processes.index():
+      processes.tell(0, 'ask', name)
+      return
+    with self._changed:
+      if self._name:
+        return
+      self._name = name
+    for peer in processes.peers():
+      processes.tell(peer, 'where', name)
+    self._say_where(0, name)
+
+  def _say_where(self, peer: int, name: str) -> None:
+    with self._changed:
+      self._name, self._waiting = name, True
+      tick = self._tick
+    if processes.index():
+      processes.tell(0, 'at', tick)
+    else:
+      self._collect(0, tick)
+
+  def _collect(self, peer: int, tick: int) -> None:
+    with self._changed:
+      self._ticks[peer] = tick
+      if len(self._ticks) <= len(processes.peers()):
+        return
+      last = max(self._ticks.values()) + 1
+    for other in processes.peers():
+      processes.tell(other, 'last', last)
+    self._hear_last(0, last)
+
+  def _hear_last(self, peer: int, last: int) -> None:
+    with self._changed:
+      self._last, self._waiting = last, False
+      self._changed.notify_all()
+
+
+class Watchdog(contextlib.AbstractContextManager):
+  """Ends all processes when a step takes ten times as long as steps do, and at least PATIENCE."""
+
+  def __init__(self, patience: float = PATIENCE):
+    self._patience = patience
+    self._seconds: list[float] = []
+    self._since: float | None = None
+    self._closed = threading.Event()
+
+  def __enter__(self) -> 'Watchdog':
+    threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._closed.set()
+
+  @contextlib.contextmanager
+  def step(self) -> Iterator[None]:
+    """A step takes place inside."""
+    self._since = began = time.monotonic()
+    try:
+      yield
+    finally:
+      self._since = None
+    self._seconds = [*self._seconds[-99:], time.monotonic() - began]
+
+  def _limit(self) -> float:
+    return max(self._patience, 10 * statistics.median(self._seconds)) if self._seconds else 1e9
+
+  def _watch(self) -> None:
+    while not self._closed.wait(min(1.0, self._patience / 10)):
+      since, limit = self._since, self._limit()
+      if since is not None and time.monotonic() - since > limit:
+        why = f'a step has taken more than {limit:.0f} s: stuck; start it again'
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        _say(why)
+        processes.leave(Restart.exit_code, why)
+
+
+def _say(text: str) -> None:
+  print(f'lmjax: {text}', file=sys.stderr, flush=True)

@@ -1,0 +1,257 @@
+"""A run that is asked to stop saves its step, says so, and goes on as if nothing had been."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lmjax import evaluate, metrics, stopping, train
+from lmjax.errors import Restart
+from tests.processes_test import free_port, spawn
+from tests.train_test import as_file, assert_same_run, lines
+
+ASKED = {'log.every': 5, 'checkpoint.every': 4, 'evaluate.every': 6, 'steps': 12}
+
+
+def after(monkeypatch, owner, name, calls, act):
+  """`act` after so many calls of a method."""
+  method, count = getattr(owner, name), [0]
+
+  def called(*args, **kwargs):
+    result = method(*args, **kwargs)
+    count[0] += 1
+    if count[0] == calls:
+      act()
+    return result
+
+  monkeypatch.setattr(owner, name, called)
+
+
+def signalled(number=signal.SIGTERM):
+  os.kill(os.getpid(), number)
+  time.sleep(0.2)  # a thread hears it
+
+
+@pytest.fixture(scope='module')
+def straight(tiny, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('straight')
+  train.run(tiny('clm', **ASKED, **{'model.dropout': 0.1}), str(workdir))
+  return workdir
+
+
+@pytest.mark.parametrize(
+  ('number', 'step'), [(signal.SIGTERM, step) for step in (1, 4, 6, 9, 12)] + [(signal.SIGINT, 9)]
+)
+def test_the_step_is_saved_and_the_run_goes_on(
+  tiny, tmp_path, monkeypatch, straight, step, number, capfd
+):
+  c = tiny('clm', **ASKED, **{'model.dropout': 0.1})
+  before = signal.getsignal(number)
+  after(monkeypatch, metrics.Log, 'push', step, lambda: signalled(number))
+  name = signal.Signals(number).name
+  said = f'stopped by {name} after step {step} of 12, which is saved'
+  with pytest.raises(Restart, match=said) as e:
+    train.run(c, str(tmp_path))
+  assert e.value.exit_code == 75
+  assert f'{name}: stopping after this step, which will be saved' in capfd.readouterr().err
+  assert (tmp_path / 'checkpoints' / str(step)).exists()
+  assert not (tmp_path / 'result.json').exists()
+  assert signal.getsignal(number) is before
+  monkeypatch.undo()
+  train.run(c, str(tmp_path))
+  assert f'resuming at step {step} of 12' in capfd.readouterr().out
+  assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize('batches', [1, 3])
+def test_an_evaluation_is_left_and_made_again(tiny, tmp_path, monkeypatch, straight, batches):
+  """The first after step 6; the third batch of it and the first of that after step 12."""
+  c = tiny('clm', **ASKED, **{'model.dropout': 0.1})
+  after(monkeypatch, evaluate.Experiment, 'place', 8 + batches, signalled)
+  with pytest.raises(Restart, match='after step 6 of 12'):
+    train.run(c, str(tmp_path))
+  assert not any('eval/valid/loss' in line for line in lines(tmp_path, 'metrics'))
+  monkeypatch.undo()
+  train.run(c, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+def test_an_evaluation_made_again_is_written_once(tiny, tmp_path, monkeypatch, straight):
+  """Left after step 6, made when the run is taken up, which is killed before it saves again."""
+  c = tiny('clm', **ASKED, **{'model.dropout': 0.1})
+  after(monkeypatch, evaluate.Experiment, 'place', 9, signalled)
+  with pytest.raises(Restart, match='after step 6 of 12'):
+    train.run(c, str(tmp_path))
+  monkeypatch.undo()
+  after(monkeypatch, metrics.Log, 'push', 1, lambda: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    train.run(c, str(tmp_path))
+  assert sum('eval/valid/loss' in line for line in lines(tmp_path, 'metrics')) == 1
+  monkeypatch.undo()
+  train.run(c, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+def command(tiny, tmp_path, **overrides) -> list[str]:
+  c = tiny('clm', **{'steps': 4000, 'checkpoint.every': 4000, 'evaluate.every': 4000} | overrides)
+  return ['-m', 'lmjax.main', as_file(c, tmp_path), '--workdir', str(tmp_path / 'run')]
+
+
+@pytest.fixture
+def started():
+  """started(arguments) -> a process, which does not outlive the test."""
+  processes = []
+
+  def start(arguments):
+    processes.append(spawn(arguments))
+    return processes[-1]
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+def until(condition, process) -> None:
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+
+
+def test_a_signal_before_the_first_step_ends_it_at_once(tiny, tmp_path, started):
+  process = started(command(tiny, tmp_path))
+  until(lambda: (tmp_path / 'run').exists(), process)
+  process.send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  _, said = process.communicate(timeout=60)
+  assert time.monotonic() - began < 10
+  assert 'stopped by SIGTERM before the first step: nothing is lost; start it again' in said
+  assert process.returncode == 75
+  assert not list((tmp_path / 'run' / 'checkpoints').glob('*'))
+
+
+def test_any_command_leaves_with_75(started):
+  code = (
+    'import time\nfrom lmjax import command\n'
+    'def main():\n  print("begun", flush=True)\n  time.sleep(60)\n'
+    'command.run(main, ["it"])\n'
+  )
+  process = started(['-c', code])
+  process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=10)
+  assert (process.returncode, said) == (75, 'lmjax: stopped by SIGTERM\n')
+
+
+def test_ctrl_c_is_two_sentences(tiny, tmp_path, started):
+  # A shell's background jobs, and all their children, ignore the signal unless told otherwise.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  process = started(command(tiny, tmp_path, steps=10**6))
+  metrics_file = tmp_path / 'run' / 'metrics.jsonl'
+  until(lambda: metrics_file.exists() and metrics_file.read_text(), process)
+  process.send_signal(signal.SIGINT)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 75
+  first, second = said.strip().splitlines()
+  assert first == 'lmjax: SIGINT: stopping after this step, which will be saved'
+  assert re.fullmatch(r'lmjax: stopped by SIGINT after step \d+ of 1000000, which is saved', second)
+
+
+def test_a_third_signal_ends_it_at_once(started):
+  """In a run that never comes to the end of its step."""
+  code = (
+    'import signal, sys, threading\nfrom lmjax import stopping\n'
+    'with stopping.Stop() as stop:\n  stop.begin()\n  print("begun", flush=True)\n'
+    '  threading.Event().wait()\n'
+  )
+  process = started(['-c', code])
+  process.stdout.readline()
+  for _ in range(3):
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+  _, said = process.communicate(timeout=10)
+  assert process.returncode == 75
+  assert said.count('SIGTERM') == 2
+  assert 'SIGTERM for the third time: leaving at once' in said
+
+
+def test_one_of_two_is_asked_and_both_stop_after_one_step(tiny, tmp_path, started):
+  port = free_port()
+  arguments = [*command(tiny, tmp_path), f'--coordinator=localhost:{port}', '--processes=2']
+  pair = [started([*arguments, f'--process={i}']) for i in range(2)]
+  until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists(), pair[0])
+  time.sleep(1)
+  pair[1].send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  said = [process.communicate(timeout=60)[1] for process in pair]
+  assert time.monotonic() - began < 15
+  assert [process.returncode for process in pair] == [75, 75], said
+  assert 'stopped by SIGTERM after step' in said[0]
+  (step,) = (int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('*'))
+  assert [f'step {step} of 4000' in text for text in said] == [True, True]
+
+
+def test_a_stuck_process_is_noticed_by_the_others(tiny, tmp_path, started):
+  port = free_port()
+  arguments = [*command(tiny, tmp_path), f'--coordinator=localhost:{port}', '--processes=2']
+  pair = [started([*arguments, f'--process={i}']) for i in range(2)]
+  until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists(), pair[0])
+  pair[1].send_signal(signal.SIGSTOP)
+  began = time.monotonic()
+  _, said = pair[0].communicate(timeout=60)
+  assert time.monotonic() - began < 20
+  assert pair[0].returncode == 75
+  assert 'process 1 (' in said
+  assert 'has not been heard of for 12 s' in said
+  pair[1].send_signal(signal.SIGCONT)
+  # It may be JAX that notices first that process 0 is gone, and aborts.
+  assert pair[1].wait(30) in (75, -signal.SIGABRT)
+
+
+def test_a_stuck_step_ends_the_process_with_all_stacks():
+  code = (
+    'import time\nfrom lmjax import stopping\n'
+    'with stopping.Watchdog(patience=0.5) as watchdog:\n'
+    '  for seconds in (0.01, 0.3, 0.01):\n    with watchdog.step():\n      time.sleep(seconds)\n'
+    '  time.sleep(1)\n'
+    '  print("no step, no watch", flush=True)\n'
+    '  def stuck_here():\n    time.sleep(60)\n'
+    '  with watchdog.step():\n    stuck_here()\n'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=30)
+  assert done.returncode == 75
+  assert done.stdout == 'no step, no watch\n'
+  assert 'in stuck_here' in done.stderr
+  assert 'a step has taken more than 0 s: stuck' in done.stderr or '1 s: stuck' in done.stderr
+
+
+def test_the_limit_is_ten_steps():
+  watchdog = stopping.Watchdog(patience=1.0)
+  assert watchdog._limit() > 1e6
+  for seconds, limit in ((0.01, 1.0), (0.5, 2.55), (0.5, 5.0)):
+    watchdog._seconds.append(seconds)
+    assert watchdog._limit() == pytest.approx(limit)
+
+
+def test_a_second_run_in_one_workdir_is_refused(tiny, tmp_path, started):
+  arguments = command(tiny, tmp_path)
+  first = started(arguments)
+  metrics_file = tmp_path / 'run' / 'metrics.jsonl'
+  until(lambda: metrics_file.exists() and metrics_file.read_text(), first)
+  there = {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').iterdir()}
+  second = started(arguments)
+  _, said = second.communicate(timeout=60)
+  assert second.returncode == 2
+  assert f'lmjax: another run is at work in {tmp_path}/run: process {first.pid} on ' in said
+  written = {'metrics.jsonl', 'ledger.jsonl', 'checkpoints'}
+  now = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').iterdir() if p.name not in written}
+  assert now == {path: time for path, time in there.items() if path.name not in written}
+  first.kill()  # and its lock with it
+  first.wait()
+  third = started(arguments)
+  until(lambda: str(third.pid) in (tmp_path / 'run' / '.lock').read_text(), third)

@@ -1,0 +1,114 @@
+"""A disk that is full, or that fails, or another ledger: what is said, and what survives."""
+
+import collections
+import json
+import shutil
+
+import pytest
+
+from lmjax import metrics, train
+from lmjax.errors import Restart, StorageError, UserError
+from tests.processes_test import spawn
+from tests.stopping_test import after, signalled
+from tests.train_test import assert_same_run, lines
+
+# At once, as where no directory can be made, and in the background, as where data are written.
+BROKEN = ('AsyncCheckpointer.save', 'PyTreeCheckpointHandler.finalize')
+
+
+def failing(patch, name: str, calls: set[int]) -> None:
+  """Some calls of a part of Orbax find a full disk."""
+  import orbax.checkpoint as ocp
+
+  owner, method = name.split('.')
+  real, count = getattr(getattr(ocp, owner), method), [0]
+
+  def call(*args, **kwargs):
+    count[0] += 1
+    if count[0] in calls:
+      raise OSError(28, 'No space left on device')
+    return real(*args, **kwargs)
+
+  patch.setattr(f'orbax.checkpoint.{name}', call)
+
+
+@pytest.fixture(scope='module')
+def straight(tiny, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('straight')
+  train.run(tiny('clm', **{'checkpoint.every': 2}), str(workdir))
+  return workdir
+
+
+@pytest.mark.parametrize('broken', BROKEN)
+def test_a_checkpoint_that_cannot_be_written_is_outlived(
+  tiny, tmp_path, monkeypatch, straight, broken, capfd
+):
+  failing(monkeypatch, broken, {2})
+  result = train.run(tiny('clm', **{'checkpoint.every': 2}), str(tmp_path))
+  said = capfd.readouterr().err
+  assert f'checkpoint 4 could not be saved in {tmp_path}/checkpoints: [Errno 28] No space' in said
+  assert 'training goes on' in said
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '6']
+  assert_same_run(straight, tmp_path)
+  assert result == json.loads((straight / 'result.json').read_text())
+
+
+@pytest.mark.parametrize('broken', BROKEN)
+def test_without_the_last_checkpoint_a_run_is_not_done(
+  tiny, tmp_path, monkeypatch, straight, broken
+):
+  c = tiny('clm', **{'checkpoint.every': 2})
+  with monkeypatch.context() as patch:
+    failing(patch, broken, {3})
+    with pytest.raises(StorageError, match='checkpoint 6 could not be saved'):
+      train.run(c, str(tmp_path))
+  assert not (tmp_path / 'result.json').exists()
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4']
+  train.run(c, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+def test_asked_to_stop_without_room_to_save_is_no_restart(tiny, tmp_path, monkeypatch):
+  failing(monkeypatch, BROKEN[1], {1})
+  after(monkeypatch, metrics.Log, 'push', 1, signalled)
+  with pytest.raises(StorageError, match='checkpoint 1 could not be saved'):
+    train.run(tiny('clm'), str(tmp_path))
+
+
+def test_room_is_looked_for_before_anything_is_compiled(tiny, tmp_path, monkeypatch):
+  usage = collections.namedtuple('usage', 'total used free')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage(10**9, 10**9 - 10**5, 10**5))
+  monkeypatch.setattr(train, 'lower', lambda *_: pytest.fail('compiled'))
+  with pytest.raises(
+    StorageError, match=r'has 0\.00 GB free, and needs room for 3 more checkpoints of 0\.00 GB'
+  ):
+    train.run(tiny('clm'), str(tmp_path))
+  assert not (tmp_path / 'config.json').exists()
+
+
+@pytest.mark.parametrize('held', [False, True])
+def test_another_ledger_is_noticed(tiny, tmp_path, monkeypatch, held):
+  """As where the code that makes batches has changed."""
+  c = tiny('clm', **({'log.every': 5} if held else {}))
+  after(monkeypatch, metrics.Log, 'push', 2, signalled)
+  with pytest.raises(Restart):
+    train.run(c, str(tmp_path))
+  monkeypatch.undo()
+  assert [line['step'] for line in lines(tmp_path, 'ledger')] == ([] if held else [1])
+  monkeypatch.setattr(
+    'lmjax.data.loader.epoch_key', lambda seed, epoch: seed + epoch + 1, raising=True
+  )
+  with pytest.raises(UserError, match=r'the batch of step 2 was [0-9a-f]{16} in .* and is'):
+    train.run(c, str(tmp_path))
+
+
+def test_a_full_disk_is_74(tmp_path):
+  code = (
+    'from lmjax import command\n'
+    'def main():\n  raise OSError(28, "No space left on device", "/run/metrics.jsonl")\n'
+    'command.run(main, ["it"])\n'
+  )
+  process = spawn(['-c', code])
+  _, said = process.communicate(timeout=30)
+  assert process.returncode == 74
+  assert said == "lmjax: storage: [Errno 28] No space left on device: '/run/metrics.jsonl'\n"
