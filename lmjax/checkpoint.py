@@ -159,6 +159,16 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Path, shape and dtype of every array of a step (a typed key as its uint32 data)."""
     return steps.structure(self._manifest(step))
 
+  def delete(self, unwanted: Callable[[int, dict], bool]) -> None:
+    """Deletes the steps of which `unwanted(step, meta)` says so."""
+    assert not self._read_only
+    self.wait()
+    if processes.index() == 0:
+      for step, manifest in list(self._steps.manifests()):
+        if unwanted(step, manifest['meta']):
+          self._steps.delete(step)
+    processes.wait()
+
   def average_path(self, step: int | None = None) -> str:
     """For `restore_subtree`: where a step has the moving average of the parameters, or 'params'."""
     if step is None:

@@ -11,7 +11,6 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import itertools
 import math
 import os
 import pathlib
@@ -26,10 +25,13 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from lmjax import schema
 from lmjax.errors import UserError
+from lmjax.sweep import Overrides, chain, product, zipped
+
+__all__ = ['chain', 'product', 'zipped']  # what experiments make their sweeps with
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
-Overrides = dict[str, Any]  # dotted key -> value
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
+LEAST |= dict.fromkeys(('guard.limit', 'guard.replicas', 'checkpoint.minutes'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
 LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
 
@@ -76,9 +78,18 @@ def base(
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 500  # steps between checkpoints; the last step is always saved
+  c.checkpoint.minutes = 0.0  # and minutes, looked at every log.every steps; 0: only by steps
   c.checkpoint.keep_last = 2  # the newest so many are kept
   c.checkpoint.keep_every = 0  # and every one whose step is a multiple of this; 0: none
   c.checkpoint.keep_best = ''  # and the best by this metric, such as eval/validation/loss
+
+  c.guard = ConfigDict()
+  c.guard.on_bad = 'stop'  # a loss or gradient that is not finite: stop, skip, roll_back
+  c.guard.on_spike = ''  # a loss far above the last 128: '' (nothing), stop, skip, roll_back
+  c.guard.deviations = 6.0  # how far, in standard deviations
+  c.guard.limit = 10  # more batches skipped and roll-backs than these stop the run after all
+  c.guard.replay = ''  # the events.jsonl of another run, whose decisions are taken again
+  c.guard.replicas = 1000  # steps between comparisons of what devices hold in common; 0: none
 
   c.evaluate = ConfigDict()
   c.evaluate.every = 500  # steps between evaluations; the last step is always evaluated
@@ -268,28 +279,3 @@ def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
       into[key] = ConfigDict(value) if section else value
     except TypeError:
       raise UserError(f'{path} = {value!r} is not {into.get_type(key).__name__}') from None
-
-
-# ----------------------------------------------------------- sweeps: lists of flat override dicts
-
-
-def product(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
-  """Every combination; a part is {'a.b': values} or itself a sweep."""
-  combinations = itertools.product(*map(_expand, parts))
-  return [{k: v for overrides in c for k, v in overrides.items()} for c in combinations]
-
-
-def zipped(axes: Mapping[str, Iterable[Any]]) -> list[Overrides]:
-  """{'a': [1, 2], 'b': [3, 4]} -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]."""
-  return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
-
-
-def chain(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
-  """One sweep after the other."""
-  return [overrides for part in parts for overrides in _expand(part)]
-
-
-def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:
-  if isinstance(part, list):
-    return part
-  return [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]

@@ -3,7 +3,7 @@
 0    done
 1    a mistake of ours, with a traceback
 2    the user's mistake, in one sentence
-70   stopped by the numbers: not finite, or spikes
+70   stopped by the numbers: not finite, or a spike
 74   storage: a disk is full, gone or lies
 75   nothing is wrong with the command: start it again
 130  interrupted before there was anything to save

@@ -6,6 +6,8 @@ single element cannot go unnoticed.  It is meant to find accidents, not attacks.
 array, on the device where it is.
 """
 
+import collections
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -15,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from lmjax import processes
 
 _LANES = ((0x9E3779B9, 0), (0x85EBCA6B, 0x165667B1))
 
@@ -55,6 +60,49 @@ def lanes(x: jax.Array) -> jax.Array:
 @jax.jit
 def _all_lanes(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return {name: lanes(x) for name, x in arrays.items()}
+
+
+def disagreements(tree: Any) -> dict[str, list[int]]:
+  """Name -> devices, of what should be the same on several devices and is not.
+
+  A leaf's devices are those in the minority, or all that hold it where there is none.  The leaves
+  lie on one mesh; every process makes the call, and hears of all devices.
+  """
+  held = {}
+  for name, x in named(tree).items():
+    places = {d: str(index) for d, index in x.sharding.devices_indices_map(x.shape).items()}
+    if len(set(places.values())) < len(places):
+      held[name] = x, {device.id: place for device, place in places.items()}
+  if not held:
+    return {}
+  arrays = [x for x, _ in held.values()]
+  found = _by_device(arrays[0].sharding.mesh, tuple(x.sharding.spec for x in arrays), *arrays)
+  here = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in found.addressable_shards}
+  everyone = {int(d): rows for part in processes.collect(here) or () for d, rows in part.items()}
+  wrong = {}
+  for i, (name, (_, places)) in enumerate(held.items()):
+    copies: dict[str, dict[int, list[int]]] = {}
+    for device, rows in everyone.items():
+      copies.setdefault(places[device], {})[device] = rows[i]
+    wrong[name] = sorted(device for copy in copies.values() for device in _minority(copy))
+  return processes.share({name: devices for name, devices in wrong.items() if devices})
+
+
+def _minority(values: dict[int, list[int]]) -> list[int]:
+  counts = collections.Counter(map(tuple, values.values()))
+  (usual, most), *others = counts.most_common()
+  if not others:
+    return []
+  return [d for d, x in values.items() if tuple(x) != usual or most == others[0][1]]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_device(mesh: Mesh, specs: tuple[PartitionSpec, ...], *arrays: jax.Array) -> jax.Array:
+  """uint32[devices, arrays, 2]: both sums of what each device holds of each array."""
+  sums = lambda *parts: jnp.stack([lanes(x) for x in parts])[None]
+  everywhere = PartitionSpec(mesh.axis_names)
+  options = {'mesh': mesh, 'in_specs': specs, 'out_specs': everywhere, 'check_vma': False}
+  return jax.shard_map(sums, **options)(*arrays)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """Numbers on their way out: sums with weights, floating-point work, and where they are written."""
 
-import collections
 import contextlib
 import json
 import math
@@ -15,7 +14,7 @@ import tqdm
 from etils import epath
 
 from lmjax import processes
-from lmjax.errors import NonFinite, UserError
+from lmjax.errors import UserError
 
 
 class Mean(NamedTuple):
@@ -77,18 +76,17 @@ class Log:
     steps: int,
     options: Mapping[str, Any],
     cost: Mapping[str, float],
-    saved: Callable[[], list[int]],
+    accepts: Callable[[int, Mapping[str, Any]], bool],
     held: Iterable[Any] = (),
     evaluated: bool = True,
   ):
     """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together.
 
-    `saved` says which steps have a checkpoint; `held` is what `hold` returned, and
-    `evaluated` says whether the evaluation that was due after step `start` came before its
-    checkpoint.
+    `accepts` looks at what the guard has found in a step, and may raise. `held` is what `hold`
+    returned, and `evaluated` says whether the evaluation that was due after step `start` came
+    before its checkpoint.
     """
-    self._steps, self._every, self._cost, self._workdir = steps, options['every'], cost, workdir
-    self._saved = saved
+    self._steps, self._every, self._cost, self._accepts = steps, options['every'], cost, accepts
     self._files = {}
     self._writes = processes.index() == 0
     for name in ('metrics', 'ledger') if self._writes else ():
@@ -105,11 +103,10 @@ class Log:
     )
     mean = lambda part: {name: Mean(*pair) for name, pair in part.items()}
     self._settled = [
-      (step, hash_, n | {'terms': mean(n['terms']), 'metrics': mean(n['metrics'])})
+      (step, hash_, n and n | {'terms': mean(n['terms']), 'metrics': mean(n['metrics'])})
       for step, hash_, n in held
     ]
     self._pending: list[tuple[int, int, Any]] = []
-    self._history: collections.deque[float] = collections.deque(maxlen=5)
     self.restart_clock()
 
   def __enter__(self) -> 'Log':
@@ -133,10 +130,11 @@ class Log:
     """Leaves out of tokens per second what was not training."""
     self._began, self._waited = time.perf_counter(), 0.0
 
-  def push(self, step: int, fingerprint: int, numbers: Mapping[str, Any]) -> None:
+  def push(self, step: int, fingerprint: int, numbers: Mapping[str, Any] | None) -> None:
     """Takes a step's numbers, still on the device; writes those before it when they are due.
 
-    `fingerprint` is that of the rows that this process counts.
+    `fingerprint` is that of the rows that this process counts; a step that was skipped has no
+    numbers.
     """
     if self._pending and self._pending[-1][0] % self._every == 0:
       self.flush()
@@ -145,8 +143,7 @@ class Log:
   def flush(self) -> None:
     """Writes all steps so far.
 
-    Raises:
-      NonFinite: naming the first step whose loss or gradient is not finite.
+    Raises what `accepts` does.
     """
     seconds, waited, count = time.perf_counter() - self._began, self._waited, len(self._pending)
     self._settle()
@@ -158,8 +155,13 @@ class Log:
         self._files['ledger'].write(json.dumps({'step': step, 'hash': f'{total:016x}'}) + '\n')
       self._files['ledger'].flush()
     self._bar.update(len(steps))
-    values = _average([n['terms'] for n in numbers], [n['metrics'] for n in numbers])
-    values |= {f'optimizer/{key}': float(x) for key, x in numbers[-1]['optimizer'].items()}
+    made = [n for n in numbers if n]
+    values = {}
+    if made:
+      values = _average([n['terms'] for n in made], [n['metrics'] for n in made])
+      values |= {f'optimizer/{key}': float(x) for key, x in made[-1]['optimizer'].items()}
+    if len(made) < len(numbers):
+      values['guard/skipped'] = len(numbers) - len(made)
     rate = count / seconds
     values |= {
       'perf/tokens_per_second': rate * self._cost['tokens'],
@@ -172,7 +174,7 @@ class Log:
   def hold(self) -> list[Any]:
     """What is not due to be written yet, in JSON, so that a run taken up here writes it when it is.
 
-    Raises NonFinite, as `flush` does.
+    Raises what `accepts` does.
     """
     self._settle()
     return [[step, total, jax.tree.map(float, n)] for step, total, n in self._settled]
@@ -184,9 +186,9 @@ class Log:
     numbers = jax.device_get(numbers)
     everyones = processes.collect(fingerprints) or [[0] * len(steps)]
     hashes = [sum(parts) % (1 << 64) for parts in zip(*everyones, strict=True)]
-    for step, result in zip(steps, numbers, strict=True):
-      self._check_finite(step, result)
-    self._settled += zip(steps, hashes, numbers, strict=True)
+    for step, total, found in zip(steps, hashes, numbers, strict=True):
+      taken = found and self._accepts(step, found.pop('guard'))
+      self._settled.append((step, total, found if taken else None))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if not self._writes:
@@ -198,19 +200,6 @@ class Log:
         self._board.add_scalar(key, value, step)
     self._bar.write(line(step, values, self._steps), file=sys.stdout)
     sys.stdout.flush()
-
-  def _check_finite(self, step: int, result: Mapping[str, Any]) -> None:
-    loss = sum(Mean(*term).compute() for term in result['terms'].values() if term[1])
-    norm = float(result['optimizer']['grad_norm'])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-      before = ', '.join(f'{x:.4g}' for x in self._history) or 'none'
-      saved = max(self._saved(), default=None)
-      kept = f'checkpoint {saved} is the last good one' if saved else 'no checkpoint was saved'
-      raise NonFinite(
-        f'step {step}: the loss is {loss} and the gradient norm {norm}; the losses before it were '
-        f'{before}; {kept} in {self._workdir}'
-      )
-    self._history.append(loss)
 
 
 def check_ledger(workdir: epath.Path, step: int, held: Iterable[Any], fingerprint: int) -> None:
@@ -278,16 +267,17 @@ def _truncate(path: epath.Path, step: int, evaluated: bool) -> None:
     again = line['step'] == step and not evaluated and any(key.startswith('eval/') for key in line)
     if line['step'] <= step and not again:
       kept.append(text)
-  _write(path, ''.join(kept))
+  write_text(path, ''.join(kept))
 
 
 def write_json(path: epath.Path, value: Any) -> None:
   """Process 0 writes a JSON file, whole or not at all."""
   if processes.index() == 0:
-    _write(path, json.dumps(value, indent=2) + '\n')
+    write_text(path, json.dumps(value, indent=2) + '\n')
 
 
-def _write(path: epath.Path, text: str) -> None:
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
   scratch = path.parent / f'{path.name}.tmp'
   scratch.write_text(text)
   scratch.replace(path)

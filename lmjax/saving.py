@@ -2,15 +2,15 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from lmjax import metrics, processes, record, workdir
+from lmjax import guard, metrics, processes, record, workdir
 from lmjax.checkpoint import Checkpoints
-from lmjax.data import loader
 from lmjax.errors import StorageError
 
 FRESH = {'held': [], 'evaluated': True}  # see metrics.Log
@@ -22,15 +22,21 @@ class Saving(contextlib.AbstractContextManager):
   def __init__(self, path: epath.Path, config: Mapping[str, Any], digests: Mapping[str, str]):
     c = config['checkpoint']
     keep = {key: c[key] for key in ('keep_last', 'keep_every', 'keep_best')}
-    self._path, self._keep_last = path, c['keep_last']
+    self._path, self._options, self._last = path, c, time.monotonic()
+    self._looked_at = config['log']['every']
     self._about = {'config': config, 'data': digests}
     self._checkpoints = Checkpoints(path / 'checkpoints', **keep)
 
   def __exit__(self, *_: object) -> None:
     self._checkpoints.close()
 
-  def restore(self, like: Any, data: loader.Loader) -> tuple[int, Any, dict[str, Any]]:
+  def restore(
+    self, like: Any, judge: guard.Guard, fetch: Callable[[int], int]
+  ) -> tuple[int, Any, dict[str, Any]]:
     """(step, state, what the log needs) of the newest checkpoint; (0, None, FRESH) without one.
+
+    Those that the run has gone back over are deleted. `fetch` gives the fingerprint of the rows
+    that this process counts of a step's batch.
 
     Raises:
       StorageError: there is no room for checkpoints of this size, or none is whole.
@@ -38,15 +44,23 @@ class Saving(contextlib.AbstractContextManager):
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
     there = len(self._checkpoints.steps())
-    workdir.check_space(self._path, size, self._keep_last + 1 - there)
+    workdir.check_space(self._path, size, self._options['keep_last'] + 1 - there)
+    self._checkpoints.delete(lambda step, meta: judge.outdated(step, meta['roll_backs']))
     restored = self._checkpoints.restore(like)
     if restored is None:
       return 0, None, FRESH
     step, state, meta = restored
     record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
-    now = loader.fingerprint(data.batch(step - 1), data.rows)
-    metrics.check_ledger(self._path, step, meta['held'], now)
+    metrics.check_ledger(self._path, step, meta['held'], fetch(step))
     return step, state, {key: meta[key] for key in FRESH}
+
+  def due(self, step: int) -> bool:
+    """Whether a step is to be saved, by its number or since time has passed."""
+    if step % self._options['every'] == 0:
+      return True
+    timed = self._options['minutes'] > 0 and step % self._looked_at == 0
+    seconds = time.monotonic() - self._last
+    return timed and processes.share(seconds >= 60 * self._options['minutes'])
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any], values: dict, last: bool) -> None:
     """Saves; one that cannot be written is outlived, unless it is the last that there will be.
@@ -54,6 +68,7 @@ class Saving(contextlib.AbstractContextManager):
     Raises:
       StorageError: the last one is not saved.
     """
+    self._last = time.monotonic()
     with _outlived():
       self._checkpoints.wait()
     with contextlib.nullcontext() if last else _outlived():

@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmjax import experiment, optimizer, sharding
+from lmjax import experiment, guard, optimizer, sharding
 from lmjax.errors import UserError
 from lmjax.evaluate import restore_params
 from lmjax.experiment import Experiment
@@ -24,6 +24,7 @@ class TrainState:
   params: Any
   opt_state: Any
   rng: jax.Array  # a key; the noise of a step is folded from it
+  losses: jax.Array  # float32[guard.WINDOW], those of the last updates, in a ring
 
 
 def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransformation, Callable]:
@@ -40,7 +41,8 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
     rng, params_rng = jax.random.split(jax.random.key(c['seed']))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     params = nn.unbox(parts.init_params(params_rng, zeros))
-    return TrainState(jnp.int32(0), params, transform.init(params), rng)
+    losses = jnp.zeros(guard.WINDOW, jnp.float32)
+    return TrainState(jnp.int32(0), params, transform.init(params), rng, losses)
 
   shapes = jax.eval_shape(make)
   everywhere = NamedSharding(mesh, PartitionSpec())

@@ -65,7 +65,7 @@ class Stop(contextlib.AbstractContextManager):
 
   def begin(self) -> None:
     """From here on there is something to save.  All processes have come here before any goes on."""
-    if self._former:
+    if self._former and not self._begun:
       self._former[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     self._begun = True
     processes.wait()

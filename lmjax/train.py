@@ -1,22 +1,22 @@
-"""Training: run() is the loop, make_step() the step, state.py what they work on."""
+"""Training: run() is the loop; step.py has the step, state.py what they work on."""
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lmjax import config as config_lib
 from lmjax import (
   experiment,
   fingerprint,
   generate,
+  guard,
   hardware,
   metrics,
   profiler,
@@ -31,69 +31,7 @@ from lmjax.evaluate import Evaluator, check_best
 from lmjax.experiment import Experiment
 from lmjax.saving import Saving
 from lmjax.state import TrainState, averaged, init_state, share_whole, warm_start
-
-# --------------------------------------------------------------------------------------- the step
-
-
-def make_step(
-  parts: Experiment, transform: optax.GradientTransformation
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-  """step(state, batch) -> (state, numbers): one update, for every objective."""
-  model, micro_batches = parts.model, parts.config['micro_batches']
-  schedule = parts.optimizer.schedule_fn(parts.config['steps'])
-
-  def loss_fn(params, batch, rng, weights):
-    terms, numbers = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng})
-    loss = sum(term.total / weights[name] for name, term in terms.items())
-    return loss, (terms, numbers)
-
-  def gradients(params, batch, rng):
-    # Only the weights of this pass are used, so the compiler drops the rest of it.
-    terms, _ = model.apply({'params': params}, batch, train=False)
-    weights = {name: jnp.maximum(term.weight, 1e-6) for name, term in terms.items()}
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
-      return grad_fn(params, batch, rng, weights)
-
-    def body(carry, part):
-      index, rows = part
-      return jax.tree.map(
-        jnp.add, carry, grad_fn(params, rows, jax.random.fold_in(rng, index), weights)
-      ), None
-
-    # Neighbouring rows go to different micro-batches, so that every device has a share of each.
-    split = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-    parts = (jnp.arange(micro_batches), jax.tree.map(split, batch))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, batch, rng, weights))
-    return jax.lax.scan(body, zeros, parts)[0]
-
-  def step(state, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
-    grads, (terms, numbers) = gradients(state.params, batch, rng)
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    update = {'lr': schedule(state.step), 'grad_norm': optax.tree.norm(grads)}
-    result = {'terms': terms, 'metrics': numbers, 'optimizer': update}
-    return TrainState(state.step + 1, params, opt_state, state.rng), result
-
-  return step
-
-
-def lower(
-  parts: Experiment, mesh: Mesh, like: TrainState, transform: optax.GradientTransformation
-) -> jax.stages.Lowered:
-  """The step for states like this one, which stay where they are, ready to be compiled."""
-  batch = parts.abstract_batch()
-  batch = sharding.placed(
-    batch, sharding.batch_shardings(batch, mesh, parts.config['sharding']['strategy'])
-  )
-  # Left to itself the compiler would keep parameters where `zero` has the optimizer's state.
-  places = jax.tree.map(lambda x: x.sharding, like), NamedSharding(mesh, PartitionSpec())
-  step = jax.jit(make_step(parts, transform), donate_argnums=0, out_shardings=places)
-  return step.lower(like, batch)
-
-
-# --------------------------------------------------------------------------------------- the loop
+from lmjax.step import lower, make_step
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = '') -> dict[str, Any]:
@@ -144,7 +82,11 @@ def _run(
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
-    return _train(parts, mesh, path, digests, window, stop)
+    while True:
+      try:
+        return _train(parts, mesh, path, digests, window, stop)
+      except guard.RollBack as e:
+        print(f'lmjax: {e}', file=sys.stderr, flush=True)
 
 
 def _train(
@@ -163,32 +105,33 @@ def _train(
   rows = parts.rows(mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
 
-  def load(step):
-    batch = data.batch(step)
-    return loader.fingerprint(batch, rows), parts.place(batch, mesh)
-
   with contextlib.ExitStack() as stack:
     saving = stack.enter_context(Saving(path, c, digests))
-    start, state, meta = saving.restore(like, data)
+    judge = guard.Guard(path, c, fingerprint.named(like.params), saving.steps)
+
+    def load(step):
+      batch = data.batch(judge.batch(step))
+      return loader.fingerprint(batch, rows), parts.place(batch, mesh)
+
+    start, state, meta = saving.restore(like, judge, lambda step: load(step)[0])
     if start:
       print(f'resuming at step {start} of {steps}', flush=True)
     else:
       state = warm_start(parts, mesh, make_state(), transform)
     workdir_lib.describe(parts, path, digests)
+    judge.begin()
+    skipped, every = judge.skipped(), c['guard']['replicas']
     eager = jax.config.jax_disable_jit
-    step_fn = (
-      make_step(parts, transform) if eager else _compile(lower(parts, mesh, like, transform))
-    )
+    step_fn = make_step(parts, transform)
+    if not eager:
+      step_fn = _compile(lower(parts, mesh, like, transform))
     stop.begin()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
-    log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), saving.steps, **meta)
+    log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), judge.accepts, **meta)
     stack.enter_context(log)
-    batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start, steps)))
+    batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start + 1, steps + 1)))
     stack.enter_context(window)
     watchdog = stack.enter_context(stopping.Watchdog())
     evaluator = Evaluator(parts, mesh)
-
-    def is_due(what, step):
-      return step == steps or step % c[what]['every'] == 0
 
     values = {}
     if start == steps or not meta['evaluated']:  # the last start has come so far
@@ -204,15 +147,20 @@ def _train(
         digest, batch = next(batches)
       window.before(step)
       with watchdog.step():
-        with jax.transfer_guard('allow' if eager else 'disallow'):
-          state, numbers = step_fn(state, batch)
+        numbers = None
+        if step not in skipped:
+          with jax.transfer_guard('allow' if eager else 'disallow'):
+            state, numbers = step_fn(state, batch)
         # One step is computed and one waits for it: no process is further ahead of another.
         jax.block_until_ready(running)
         running = numbers
       window.after(step, numbers)
       log.push(step, digest, numbers)
 
-      asked, evaluate, due = stop.tick(), is_due('evaluate', step), is_due('checkpoint', step)
+      asked, due = stop.tick(), step == steps or saving.due(step)
+      evaluate = step == steps or step % c['evaluate']['every'] == 0
+      if every and (due or asked or step % every == 0):
+        guard.check_replicas(state)
       if evaluate or due or asked:
         # What is raised where the numbers are not finite keeps such a state from being saved.
         held = log.hold() if asked and not (evaluate or due) else log.flush()
@@ -222,12 +170,13 @@ def _train(
         if evaluate and evaluated:
           log.write(step, values)
         if due or asked:
-          meta = {'held': held or [], 'evaluated': evaluated}
+          judge.check_finite(step, state)
+          meta = {'held': held or [], 'evaluated': evaluated, 'roll_backs': len(judge.roll_backs)}
           saving.save(step, state, meta, values or {}, last=asked or step == steps)
         if asked:
           raise _stopped(stop, step, steps)
         log.restart_clock()
-    return _finish(parts, path, state, values)
+    return _finish(parts, path, state, values, judge.counts())
 
 
 def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
@@ -252,13 +201,18 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def _finish(
-  parts: Experiment, path: epath.Path, state: TrainState, values: dict[str, float]
+  parts: Experiment,
+  path: epath.Path,
+  state: TrainState,
+  values: dict[str, float],
+  decisions: dict[str, int],
 ) -> dict[str, Any]:
   """Writes result.json, by which a run is known to be finished."""
   result = {
     'step': parts.config['steps'],
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
     'metrics': values,
+    'decisions': decisions,
     'params_fingerprint': fingerprint.of_tree(state.params),
     'state_fingerprint': fingerprint.of_tree(state),
   }

@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 FLOORS = [
   [
     [
-      *('errors', 'schema', 'config', 'rollcall', 'processes', 'command', 'metrics'),
-      *('hardware', 'roofline', 'profiler', 'fingerprint', 'stopping'),
+      *('errors', 'schema', 'sweep', 'config', 'rollcall', 'processes', 'command', 'metrics'),
+      *('hardware', 'roofline', 'profiler', 'fingerprint', 'guard', 'stopping'),
       *('hlo', 'hlo.text', 'hlo.collectives', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
     ],
   ],
@@ -49,6 +49,7 @@ FLOORS = [
       'generate',
       'state',
       'saving',
+      'step',
       'train',
       'plan',
       'plan.search',

@@ -1,0 +1,200 @@
+"""Steps whose numbers cannot be right: they change nothing, and what is done then is written down.
+
+`judge` is a part of the compiled step: where the loss or the gradient is not finite, or the loss a
+spike, the step leaves the state as it was.  The host hears of it when numbers are fetched, and the
+config says what comes of it: to stop, to skip the batch, or to go back to the last checkpoint and
+on with the batches behind the bad one, as PaLM's authors did by hand (Chowdhery et al. 2204.02311).
+
+Every decision is a line of events.jsonl, and from then on a fact: a run that is taken up again, or
+that replays the file of another, does as it says without asking again, so that a fault that does
+not come twice changes no bit.
+"""
+
+import collections
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from lmjax import fingerprint, metrics, processes
+from lmjax.errors import NonFinite, Restart, UserError
+
+ACTIONS = ('stop', 'skip', 'roll_back')
+WINDOW = 128  # accepted losses that a spike is measured by; none is found before there are so many
+
+
+class RollBack(Exception):
+  """The run is to be taken up again from its last checkpoint, as the events now say."""
+
+
+def judge(
+  loss: jax.Array, grads: Any, losses: jax.Array, count: jax.Array, deviations: float
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """(whether the step is to be taken, the norm of the gradient, what `Guard.accepts` looks at).
+
+  `losses` are the last WINDOW ones of `count` steps that were taken.  A loss more than so many
+  standard deviations above their mean is a spike; infinity finds none.
+  """
+  squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)]
+  norm = jnp.sqrt(sum(squares))
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  spike = finite & (count >= WINDOW) & (loss > losses.mean() + deviations * losses.std())
+  taken = finite & ~spike
+  found = {'taken': taken, 'spike': spike, 'loss': loss, 'squares': jnp.stack(squares)}
+  return taken, norm, found
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Raises a UserError where the section `guard` of a config says nothing that can be done."""
+  c = config['guard']
+  for key, known in (('on_bad', ACTIONS), ('on_spike', ('', *ACTIONS))):
+    if c[key] not in known:
+      raise UserError(f'guard.{key} = "{c[key]}" is none of {", ".join(known)}')
+  if c['deviations'] <= 0:
+    raise UserError(f'guard.deviations = {c["deviations"]} must be above 0')
+  if c['replay'] and not epath.Path(c['replay']).expanduser().exists():
+    raise UserError(f'guard.replay = {c["replay"]}: there is no such file')
+
+
+def check_replicas(state: Any) -> None:
+  """Raises Restart where devices that should hold the same do not: one of them has erred."""
+  if wrong := fingerprint.disagreements(state):
+    devices = sorted({device for found in wrong.values() for device in found})
+    raise Restart(
+      f'the replicas of {_some(list(wrong))} differ (on devices {devices}): a device has erred; '
+      'start the run again, without that device if it errs again'
+    )
+
+
+class Guard:
+  """The decisions of a run; of several processes all take the same, and process 0 writes them.
+
+  Args:
+    path: the directory of the run, whose events.jsonl is obeyed and added to.
+    config: that of the run.
+    names: of the parameters, in the order of their gradients.
+    saved: says which steps have a checkpoint.
+  """
+
+  def __init__(
+    self,
+    path: epath.Path,
+    config: Mapping[str, Any],
+    names: Iterable[str],
+    saved: Callable[[], list[int]],
+  ):
+    self._path, self._options, self._names = path, config['guard'], list(names)
+    self._cadence, self._saved = config['checkpoint']['every'], saved
+    self._file = path / 'events.jsonl'
+    self._events = processes.share(self._read() if processes.index() == 0 else None)
+    self._history: collections.deque[float] = collections.deque(maxlen=5)
+
+  def _read(self) -> list[dict[str, Any]]:
+    file = self._file
+    if not file.exists():
+      file = epath.Path(self._options['replay']).expanduser() if self._options['replay'] else file
+    text = file.read_text() if file.exists() else ''
+    try:
+      events = [json.loads(line) for line in text.splitlines()]
+      for event in events:
+        numbers = [event['step'], event['to'] if event['event'] == 'roll_back' else 0]
+        if event['event'] not in ACTIONS or not all(isinstance(n, int) and n >= 0 for n in numbers):
+          raise ValueError(event)
+    except (ValueError, KeyError, TypeError) as e:
+      raise UserError(f'{file} is no log of events: {e}') from e
+    return events
+
+  def begin(self) -> None:
+    """Keeps what is replayed."""
+    self._write()
+
+  @property
+  def roll_backs(self) -> list[dict[str, Any]]:
+    return [event for event in self._events if event['event'] == 'roll_back']
+
+  def batch(self, step: int) -> int:
+    """The 0-based batch of a 1-based step: behind all that the run has rolled back over."""
+    return step - 1 + sum(e['step'] - e['to'] for e in self.roll_backs if e['to'] < step)
+
+  def skipped(self) -> set[int]:
+    """The steps that are not made."""
+    steps: set[int] = set()
+    for event in self._events:
+      if event['event'] == 'skip':
+        steps.add(event['step'])
+      if event['event'] == 'roll_back':
+        steps = {step for step in steps if step <= event['to']}
+    return steps
+
+  def counts(self) -> dict[str, int]:
+    """'skip' and 'roll_back' -> how often it was decided."""
+    events = [event['event'] for event in self._events]
+    return {action: events.count(action) for action in ACTIONS if action != 'stop'}
+
+  def outdated(self, step: int, known: int) -> bool:
+    """Whether the run has gone back over a checkpoint that was written after `known` roll-backs."""
+    return any(event['to'] < step for event in self.roll_backs[known:])
+
+  def accepts(self, step: int, found: Mapping[str, Any]) -> bool:
+    """What `judge` has found; False where the step has changed nothing.
+
+    Raises:
+      NonFinite: the run is to stop.
+      RollBack: it is to be taken up again.
+    """
+    loss = float(found['loss'])
+    if found['taken']:
+      self._history.append(loss)
+      return True
+    before = ', '.join(f'{x:.4g}' for x in self._history) or 'none'
+    why = f'the loss is {loss:.6g}; the losses before it were {before}'
+    bad = [
+      name for name, x in zip(self._names, found['squares'], strict=True) if not math.isfinite(x)
+    ]
+    if bad:
+      why += f'; not finite is the gradient of {_some(bad)}'
+    self._decide(self._options['on_spike' if found['spike'] else 'on_bad'], step, why)
+    return False
+
+  def check_finite(self, step: int, state: Any) -> None:
+    """Keeps a state from being saved, and raises as `accepts` does: an update may overflow too."""
+    finite = jax.device_get(_all_finite(fingerprint.named(state)))
+    if wrong := [name for name, is_finite in finite.items() if not is_finite]:
+      action = 'stop' if self._options['on_bad'] == 'skip' else self._options['on_bad']
+      self._decide(action, step, f'not finite is {_some(wrong)}')
+
+  def _decide(self, action: str, step: int, why: str) -> None:
+    decided = sum(event['event'] != 'stop' for event in self._events)
+    if action != 'stop' and decided >= self._options['limit']:
+      action, why = 'stop', f'{why}; guard.limit = {decided} are decided already'
+    event = {'event': action, 'step': step, 'batch': self.batch(step), 'why': why}
+    saved = [s for s in self._saved() if s < step]
+    if action == 'roll_back':
+      # Any other checkpoint is there since somebody asked the run to stop, on which nothing of
+      # what it computes shall depend.
+      event['to'] = max([s for s in saved if s % self._cadence == 0] or saved, default=0)
+    self._events.append(event)
+    self._write()
+    if action == 'stop':
+      kept = f'checkpoint {saved[-1]} is the last good one' if saved else 'no checkpoint was saved'
+      raise NonFinite(f'step {step}: {why}; {kept} in {self._path}')
+    if action == 'roll_back':
+      raise RollBack(f'step {step}: {why}; going back to step {event["to"]}')
+
+  def _write(self) -> None:
+    if self._events and processes.index() == 0:
+      metrics.write_text(self._file, ''.join(json.dumps(event) + '\n' for event in self._events))
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  real = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+  return {name: jnp.isfinite(x).all() for name, x in real.items()}
+
+
+def _some(names: list[str]) -> str:
+  return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if names[3:] else '')

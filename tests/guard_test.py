@@ -1,0 +1,383 @@
+"""Numbers that cannot be right reach no state, and what is decided then is decided for ever."""
+
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmjax import config, errors, fingerprint, guard, metrics, sharding, train
+from lmjax.data import loader
+from tests.storage_test import after, signalled
+from tests.train_test import Killed, assert_same_run, lines
+
+NAN, INF = math.nan, math.inf
+
+# ------------------------------------------------------------------------------------- the verdict
+
+FULL = guard.WINDOW
+
+
+@pytest.mark.parametrize(
+  ('loss', 'gradient', 'count', 'deviations', 'taken', 'spike'),
+  [
+    (2.0, 1.0, 0, INF, True, False),
+    (NAN, 1.0, FULL, 6.0, False, False),
+    (INF, 1.0, FULL, 6.0, False, False),
+    (-INF, 1.0, FULL, 6.0, False, False),
+    (2.0, NAN, FULL, 6.0, False, False),
+    (2.0, INF, 0, INF, False, False),
+    (2.0, 2e19, 0, INF, False, False),  # finite, and its square is not: it cannot be clipped
+    (9.0, 1.0, FULL, INF, True, False),
+    (9.0, 1.0, FULL, 6.0, False, True),
+    (9.0, 1.0, FULL - 1, 6.0, True, False),  # there is nothing yet to measure it by
+    (2.1, 1.0, FULL, 6.0, True, False),
+    (-9.0, 1.0, FULL, 6.0, True, False),  # better is no spike
+  ],
+)
+def test_what_cannot_be_right(loss, gradient, count, deviations, taken, spike):
+  losses = jnp.asarray(np.random.default_rng(0).normal(2.0, 0.1, FULL), jnp.float32)
+  grads = {'a': jnp.ones((2, 3)), 'b': jnp.ones(4).at[2].set(gradient)}
+  yes, norm, found = guard.judge(jnp.float32(loss), grads, losses, jnp.int32(count), deviations)
+  assert (bool(yes), bool(found['spike'])) == (taken, spike)
+  huge = not abs(gradient) < 1e19
+  np.testing.assert_allclose(norm, abs(gradient * INF) if huge else math.sqrt(9 + gradient**2))
+  assert np.isfinite(found['squares']).tolist() == [True, not huge]
+
+
+@jax.custom_vjp
+def poisoned(x, where, poison):
+  return x
+
+
+poisoned.defvjp(
+  lambda x, where, poison: (x, (where, poison)),
+  lambda kept, g: (jnp.ravel(g).at[kept[0]].add(kept[1]).reshape(g.shape), None, None),
+)
+
+
+@pytest.fixture(scope='module', params=[('clm', 'replicate'), ('mlm', 'fsdp')], ids='-'.join)
+def ill(request, parts):
+  """(step, a state, a good batch, names): the batch says what is added to a loss and gradients."""
+  objective, strategy = request.param
+  overrides = {'sharding.strategy': strategy, 'micro_batches': 1, 'optimizer.ema': 0.9}
+  made = parts(objective, **overrides, **{'guard.on_spike': 'skip', 'batch': 8})
+  mesh, model = sharding.make_mesh(), made.model
+
+  def apply(variables, batch, train, rngs=None):
+    batch = dict(batch)
+    to_loss, to_leaf = batch.pop('to_loss'), batch.pop('to_leaf')
+    leaves, tree = jax.tree.flatten(variables['params'])
+    leaves = [poisoned(x, batch['place'], to_leaf[i]) for i, x in enumerate(leaves)]
+    batch.pop('place')
+    terms, numbers = model.apply({'params': tree.unflatten(leaves)}, batch, train=train, rngs=rngs)
+    terms = {k: metrics.Mean(m.total + to_loss * m.weight, m.weight) for k, m in terms.items()}
+    return terms, numbers
+
+  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    like, transform, make_state = train.init_state(made, mesh)
+    state = make_state()
+    rows = loader.Loader(made.examples('train'), 8, 0, made.rows(mesh)).batch(0)
+    names = list(fingerprint.named(state.params))
+    healthy = {'to_loss': np.float32(0), 'to_leaf': np.zeros(len(names), np.float32), 'place': 0}
+    vars(made)['model'] = types.SimpleNamespace(apply=apply)
+    jitted = jax.jit(train.make_step(made, transform))
+
+  def step(state, batch):
+    with jax.set_mesh(mesh), sharding.logical_axes(strategy):
+      return jitted(state, batch)
+
+  yield step, state, made.place(rows, mesh) | healthy, names
+  vars(made)['model'] = model
+
+
+def test_a_bad_step_changes_no_bit_and_is_as_if_it_had_not_been(ill):
+  step, fresh, good, names = ill
+  before = fingerprint.of_tree(fresh)
+  after_good = fingerprint.of_tree(step(fresh, good)[0])
+  assert before != after_good
+  rng = np.random.default_rng(0)
+  sizes = [x.size for x in jax.tree.leaves(fresh.params)]
+  for poison in (NAN, INF, -INF):
+    for leaf in (None, 0, int(rng.integers(len(names)))):
+      bad = dict(good)
+      if leaf is None:
+        bad['to_loss'] = np.float32(poison)
+      else:
+        bad['to_leaf'] = good['to_leaf'].copy()
+        bad['to_leaf'][leaf] = poison
+        bad['place'] = int(rng.integers(sizes[leaf]))
+      state = fresh
+      for _ in range(2):
+        state, numbers = step(state, bad)
+        assert not numbers['guard']['taken']
+      assert fingerprint.of_tree(state) == before
+      wrong = ~np.isfinite(numbers['guard']['squares'])
+      if leaf is not None:
+        assert np.flatnonzero(wrong).tolist() == [leaf]
+      assert fingerprint.of_tree(step(state, good)[0]) == after_good
+
+
+def test_a_spike_is_measured_by_the_steps_that_were_taken(ill):
+  step, state, good, _ = ill
+  for _ in range(3):
+    state, numbers = step(state, good)
+    state, _ = step(state, good | {'to_loss': np.float32(NAN)})
+  losses = np.asarray(state.losses)
+  assert np.isfinite(losses).all()
+  assert np.count_nonzero(losses) == int(state.step) == 3
+  assert losses[2] == numbers['guard']['loss']
+  full = state.replace(step=state.step * 0 + 2 * guard.WINDOW + 1, losses=state.losses * 0 + 5.6)
+  full = full.replace(losses=full.losses.at[::2].add(0.1))
+  state, numbers = step(full, good | {'to_loss': np.float32(9)})
+  assert numbers['guard']['spike']
+  assert fingerprint.of_tree(state) == fingerprint.of_tree(full)
+  state, numbers = step(full, good)
+  assert numbers['guard']['taken']
+  assert np.flatnonzero(np.asarray(state.losses) != np.asarray(full.losses)).tolist() == [1]
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+STEPS = {'steps': 9, 'checkpoint.every': 3, 'evaluate.every': 9, 'log.every': 2}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  make = sharding.make_mesh
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *a, **k: make(*a, **k) if k else one)
+
+
+def fault(patch, batches, transient=False):
+  """The targets of some batches weigh what is no number; a transient fault comes but once."""
+  batches, real = set(batches), loader.Loader.batch
+
+  def batch(self, step):
+    made = real(self, step)
+    if step in batches:
+      made = {**made, 'weights': made['weights'] * np.float32(NAN)}
+      if transient:
+        batches.remove(step)
+    return made
+
+  patch.setattr(loader.Loader, 'batch', batch)
+
+
+def events(workdir) -> list[tuple]:
+  path = workdir / 'events.jsonl'
+  found = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+  return [(e['event'], e['step'], e['batch'], *([e['to']] if 'to' in e else [])) for e in found]
+
+
+def killed_after(patch, step):
+  def die():
+    raise Killed
+
+  after(patch, metrics.Log, 'push', step, die)
+
+
+def test_a_run_stops_where_nothing_else_is_asked_for(tiny, tmp_path, monkeypatch):
+  fault(monkeypatch, [4])
+  said = r'step 5: the loss is nan; .* before it were 5\.\d+.*; checkpoint 3 is the last good one'
+  for times in (1, 2):
+    with pytest.raises(errors.NonFinite, match=said):
+      train.run(tiny(**STEPS), str(tmp_path))
+    assert events(tmp_path) == [('stop', 5, 4)] * times
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['3']
+
+
+def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+  c = tiny(**STEPS, **{'guard.on_bad': 'skip'})
+  with monkeypatch.context() as patch:
+    fault(patch, [3, 4])
+    result = train.run(c, str(tmp_path / 'straight'))
+    assert result['decisions'] == {'skip': 2, 'roll_back': 0}
+    assert events(tmp_path / 'straight') == [('skip', 4, 3), ('skip', 5, 4)]
+    written = [line for line in lines(tmp_path / 'straight', 'metrics') if 'train/loss' in line]
+    assert [line['step'] for line in written] == [2, 3, 4, 6, 8, 9][: len(written)] or written
+    skipped = {
+      line['step']: line['guard/skipped']
+      for line in lines(tmp_path / 'straight', 'metrics')
+      if 'guard/skipped' in line
+    }
+    assert sum(skipped.values()) == 2
+    assert all(math.isfinite(line['train/loss']) for line in written)
+    assert [line['step'] for line in lines(tmp_path / 'straight', 'ledger')] == list(range(1, 10))
+    for at in (5, 8):
+      with patch.context() as dying:
+        killed_after(dying, at)
+        with pytest.raises(Killed):
+          train.run(c, str(tmp_path / f'broken{at}'))
+      train.run(c, str(tmp_path / f'broken{at}'))
+      assert_same_run(tmp_path / 'straight', tmp_path / f'broken{at}')
+
+
+def test_what_was_decided_is_done_again_where_the_fault_does_not_come_again(
+  tiny, tmp_path, monkeypatch
+):
+  """As that of a device; the run goes on from before it, and another replays its events."""
+  c = tiny(**STEPS, **{'guard.on_bad': 'skip'})
+  plain = train.run(c, str(tmp_path / 'plain'))
+  with monkeypatch.context() as patch:
+    fault(patch, [4], transient=True)
+    result = train.run(c, str(tmp_path / 'straight'))
+  assert result['state_fingerprint'] != plain['state_fingerprint']
+  with monkeypatch.context() as patch:
+    fault(patch, [4], transient=True)
+    killed_after(patch, 7)
+    with pytest.raises(Killed):
+      train.run({**c, 'checkpoint': {**c['checkpoint'], 'every': 4}}, str(tmp_path / 'broken'))
+  assert events(tmp_path / 'broken') == [('skip', 5, 4)]
+  again = train.run(c, str(tmp_path / 'broken'))
+  log = str(tmp_path / 'straight' / 'events.jsonl')
+  replayed = train.run({**c, 'guard': {**c['guard'], 'replay': log}}, str(tmp_path / 'replayed'))
+  assert events(tmp_path / 'replayed') == [('skip', 5, 4)]
+  for other in (again, replayed):
+    assert other['state_fingerprint'] == result['state_fingerprint']
+    assert other['decisions'] == result['decisions']
+
+
+def test_a_run_goes_back_and_leaves_out_what_led_to_it(tiny, tmp_path, monkeypatch, capsys):
+  c = tiny(**STEPS, **{'guard.on_bad': 'roll_back'})
+  with monkeypatch.context() as patch:
+    fault(patch, [4, 9])
+    result = train.run(c, str(tmp_path / 'straight'))
+    # Batches 3 and 4 are left out; then 9 is that of step 8, and goes with those of step 7.
+    assert events(tmp_path / 'straight') == [('roll_back', 5, 4, 3), ('roll_back', 8, 9, 6)]
+    assert 'step 5: the loss is nan' in (said := capsys.readouterr().err)
+    assert 'going back to step 3' in said
+    assert result['decisions'] == {'skip': 0, 'roll_back': 2}
+    for at, calls in (('killed', 6), ('killed later', 14), ('asked', 4)):
+      with patch.context() as dying:
+        if at == 'asked':  # whose checkpoint, of step 4, is not gone back to
+          after(dying, metrics.Log, 'push', calls, signalled)
+          with pytest.raises(errors.Restart, match='after step 4'):
+            train.run(c, str(tmp_path / at))
+        else:
+          killed_after(dying, calls)
+          with pytest.raises(Killed):
+            train.run(c, str(tmp_path / at))
+      train.run(c, str(tmp_path / at))
+      assert_same_run(tmp_path / 'straight', tmp_path / at)
+      assert events(tmp_path / at) == events(tmp_path / 'straight')
+  # Without the fault, the same batches in the same places are the same run.
+  log = str(tmp_path / 'straight' / 'events.jsonl')
+  replayed = train.run({**c, 'guard': {**c['guard'], 'replay': log}}, str(tmp_path / 'replayed'))
+  assert replayed['state_fingerprint'] == result['state_fingerprint']
+  ledger = [line['hash'] for line in lines(tmp_path / 'straight', 'ledger')]
+  assert ledger == [line['hash'] for line in lines(tmp_path / 'replayed', 'ledger')]
+  assert len(set(ledger)) == 9
+
+
+def test_back_to_the_beginning_where_nothing_is_saved(tiny, tmp_path, monkeypatch):
+  fault(monkeypatch, [1])
+  train.run(tiny(**STEPS, **{'guard.on_bad': 'roll_back'}), str(tmp_path))
+  assert events(tmp_path) == [('roll_back', 2, 1, 0)]
+  assert [line['step'] for line in lines(tmp_path, 'ledger')] == list(range(1, 10))
+
+
+@pytest.mark.parametrize('action', ['skip', 'roll_back'])
+def test_there_is_a_limit(tiny, tmp_path, monkeypatch, action):
+  fault(monkeypatch, range(4, 99))
+  c = tiny(**STEPS, **{'guard.on_bad': action, 'guard.limit': 2})
+  with pytest.raises(errors.NonFinite, match=r'guard\.limit = 2 are decided already'):
+    train.run(c, str(tmp_path))
+  assert [event[0] for event in events(tmp_path)] == [action, action, 'stop']
+
+
+def test_spikes_are_treated_as_asked(tiny, tmp_path, monkeypatch):
+  """The targets of one batch are shifted, so that its loss is above those before it."""
+  monkeypatch.setattr(guard, 'WINDOW', 4)
+  real = loader.Loader.batch
+
+  def batch(self, step):
+    made = real(self, step)
+    return {**made, 'targets': 260 - made['targets']} if step == 6 else made
+
+  monkeypatch.setattr(loader.Loader, 'batch', batch)
+  spiky = {'optimizer.lr': 0.03, 'guard.on_spike': 'skip', 'guard.deviations': 2.0}
+  train.run(tiny(**STEPS, **spiky), str(tmp_path))
+  assert events(tmp_path) == [('skip', 7, 6)]
+
+
+def test_an_update_that_overflows_is_not_saved(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(optax, 'apply_updates', lambda params, _: jax.tree.map(jnp.exp2, params))
+  c = tiny(**{**STEPS, 'steps': 12, 'checkpoint.every': 1, 'guard.on_bad': 'skip'})
+  with pytest.raises(
+    errors.NonFinite, match=r': not finite is params/.*norm/scale; checkpoint 4 is'
+  ):
+    train.run(c, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'text', ['{"event": "skip"}\n', '{"event": "go", "step": 1}\n', '[1]\n', '{']
+)
+def test_a_log_that_is_none_is_refused(tiny, tmp_path, text):
+  (tmp_path / 'log').write_text(text)
+  with pytest.raises(errors.UserError, match='is no log of events'):
+    train.run(tiny(**STEPS, **{'guard.replay': str(tmp_path / 'log')}), str(tmp_path / 'run'))
+
+
+# ------------------------------------------------------------------------------------ the replicas
+
+
+@pytest.mark.parametrize(('copies', 'accused'), [(8, [5]), (2, [2, 3])])
+def test_a_flipped_bit_in_one_replica_is_found(copies, accused):
+  mesh = jax.make_mesh(
+    (8 // copies, copies), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(('data', 'model')))
+  x = jax.device_put(jnp.arange(64.0).reshape(16, 4), place)
+  tree = {
+    'x': x,
+    'key': jax.device_put(jax.random.key(0), everywhere),
+    'alone': jax.device_put(jnp.arange(8.0), whole),
+  }
+  assert fingerprint.disagreements(tree) == {}
+  shards = [np.array(shard.data) for shard in x.addressable_shards]
+  devices = [shard.device for shard in x.addressable_shards]
+  which = next(i for i, device in enumerate(devices) if device.id == accused[-1])
+  shards[which].view(np.uint32)[1, 2] ^= 1
+  tree['x'] = jax.make_array_from_single_device_arrays(
+    x.shape, place, [jax.device_put(s, d) for s, d in zip(shards, devices, strict=True)]
+  )
+  assert fingerprint.disagreements(tree) == {'x': accused}
+  with pytest.raises(errors.Restart, match=rf'replicas of x differ \(on devices \{accused}'):
+    guard.check_replicas(tree)
+
+
+def test_replicas_are_compared_as_often_as_asked_and_before_they_are_saved(
+  tiny, tmp_path, monkeypatch
+):
+  compared = []
+  monkeypatch.setattr(guard, 'check_replicas', lambda state: compared.append(int(state.step)))
+  train.run(tiny(**STEPS, **{'guard.replicas': 4}), str(tmp_path / 'often'))
+  assert compared == [3, 4, 6, 8, 9]
+  compared.clear()
+  train.run(tiny(**STEPS, **{'guard.replicas': 0}), str(tmp_path / 'never'))
+  assert compared == []
+
+
+def test_checkpoints_by_the_clock(tiny, tmp_path, monkeypatch):
+  """Every 7 steps, and when time has passed, at which is looked every second step."""
+  c = tiny(
+    **{**STEPS, 'checkpoint.every': 7, 'checkpoint.minutes': 1e-9, 'checkpoint.keep_last': 9}
+  )
+  train.run(c, str(tmp_path))
+  there = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  assert there == [2, 4, 6, 7, 8, 9]
+
+
+def test_sections_say_what_can_be_done():
+  for key, value in (('on_bad', 'ignore'), ('on_spike', 'yes'), ('deviations', 0.0)):
+    c = config.base()
+    c.guard[key] = value
+    with pytest.raises(errors.UserError, match=f'guard.{key} = "?{value}'):
+      guard.check(c)
