@@ -1,4 +1,4 @@
-"""What a run was: versions, devices, fingerprints, ledger.  And what two runs differ in.
+"""What a run was: code, versions, machine, data, ledger.  And what two runs differ in.
 
 python -m lmjax.record diff DIR1 DIR2
 """
@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,17 +17,29 @@ from etils import epath
 
 from lmjax.errors import UserError
 
+_SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data')
+_VARIABLES = ('XLA_', 'JAX_', 'LIBTPU_', 'TPU_', 'CUDA_', 'NCCL_', 'LMJAX_')
+_SECRET = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
 _PACKAGES = ('lmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def describe(fingerprints: Mapping[str, str], devices: list[str]) -> dict[str, Any]:
-  """Everything but the config that decides a run's numbers, as JSON values."""
-  return {
-    **software(),
-    'devices': devices,
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),
-    'data': dict(fingerprints),
-  }
+def describe(fingerprints: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:
+  """Everything but the config that decides a run's numbers, as JSON values.
+
+  `about` is what is known only when devices are; variables that are named like secrets are masked.
+  """
+  ours = {key: value for key, value in os.environ.items() if key.startswith(_VARIABLES)}
+  masked = {key: '***' if _SECRET.search(key) else value for key, value in ours.items()}
+  return {**software(), **about, 'environment': masked, 'data': dict(fingerprints)}
+
+
+def restarted(
+  record: Mapping[str, Any], now: Mapping[str, Any], step: int, began: str
+) -> dict[str, Any]:
+  """The record with one start more, and what had changed then since the first one."""
+  changed = differences({k: v for k, v in record.items() if k != 'restarts'}, now)
+  start = {'step': step, 'began': began, 'changed': {k: list(pair) for k, pair in changed.items()}}
+  return {**record, 'restarts': [*record.get('restarts', []), start]}
 
 
 def software() -> dict[str, Any]:
@@ -72,18 +85,43 @@ def diff(first: str, second: str) -> Iterator[str]:
   Raises:
     UserError: one of the directories holds no run.
   """
-  for name in ('config.json', 'record.json'):
-    a, b = (_read(directory, name) for directory in (first, second))
-    for path, (x, y) in differences(a, b).items():
-      yield f'{name.removesuffix(".json")}: {path}: {x!r} | {y!r}'
-  ledgers = [_lines(directory, 'ledger.jsonl') for directory in (first, second)]
-  yield from _first_difference('data', ledgers, lambda line: line['hash'])
-  configs = [_read(directory, 'config.json') for directory in (first, second)]
+  runs = (first, second)
+  configs = [_read(run, 'config.json') for run in runs]
+  for path, (x, y) in differences(*configs).items():
+    yield f'config: {path}: {x!r} | {y!r}'
+  records = [_read(run, 'record.json') for run in runs]
+  for section in _SECTIONS:
+    for path, (x, y) in differences(*({section: r.get(section)} for r in records)).items():
+      yield f'record: {path}: {x!r} | {y!r}'
+  starts = [[s['changed'] for s in r.get('restarts', []) if s['changed']] for r in records]
+  if starts[0] != starts[1]:
+    for run, record in zip(runs, records, strict=True):
+      for start in record.get('restarts', []):
+        for path, (x, y) in start['changed'].items():
+          yield f'restart: {run} at step {start["step"]}: {path}: {x!r}, then {y!r}'
+  ledgers = [_lines(run, 'ledger.jsonl') for run in runs]
+  yield from _first_difference('ledger', ledgers, lambda line: line['hash'])
   if len({c['log']['every'] for c in configs}) > 1:
     yield 'loss: not compared, since the means are over other numbers of steps (log.every)'
-    return
-  metrics = [_lines(directory, 'metrics.jsonl') for directory in (first, second)]
-  yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))
+  else:
+    metrics = [_lines(run, 'metrics.jsonl') for run in runs]
+    yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))
+  x, y = map(_final_state, runs)
+  if x and y and x != y:
+    yield f'state: the fingerprints at the end are {x} | {y}'
+
+
+def _final_state(run: str) -> str:
+  """The fingerprint of the state of a finished run; '' of another."""
+  there = (epath.Path(run) / 'result.json').exists()
+  return _read(run, 'result.json').get('state_fingerprint', '') if there else ''
+
+
+def verdict(first: str, second: str) -> str:
+  """What there is to say where `diff` finds nothing."""
+  if (x := _final_state(first)) and x == _final_state(second):
+    return f'the runs are the same: every batch, every loss, and the state at the end ({x})'
+  return 'the runs differ in nothing that was recorded'
 
 
 def _first_difference(what: str, runs: list[list[dict]], value) -> Iterator[str]:
@@ -134,7 +172,7 @@ def main() -> None:
   except UserError as e:
     print(f'lmjax: {e}', file=sys.stderr)
     sys.exit(2)
-  print('\n'.join(lines) or 'the runs differ in nothing that was recorded')
+  print('\n'.join(lines) or verdict(*sys.argv[2:]))
 
 
 if __name__ == '__main__':

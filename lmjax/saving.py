@@ -13,7 +13,7 @@ from lmjax import guard, metrics, processes, record, workdir
 from lmjax.checkpoint import Checkpoints
 from lmjax.errors import StorageError
 
-FRESH = {'held': [], 'evaluated': True}  # see metrics.Log
+FRESH = {'held': [], 'evaluated': True, 'productive': 0.0}  # see metrics.Log, goodput.Clock
 
 
 class Saving(contextlib.AbstractContextManager):
@@ -33,7 +33,7 @@ class Saving(contextlib.AbstractContextManager):
   def restore(
     self, like: Any, judge: guard.Guard, fetch: Callable[[int], int]
   ) -> tuple[int, Any, dict[str, Any]]:
-    """(step, state, what the log needs) of the newest checkpoint; (0, None, FRESH) without one.
+    """(step, state, what log and clock need) of the newest checkpoint; (0, None, FRESH) without.
 
     Those that the run has gone back over are deleted. `fetch` gives the fingerprint of the rows
     that this process counts of a step's batch.
@@ -48,7 +48,7 @@ class Saving(contextlib.AbstractContextManager):
     self._checkpoints.delete(lambda step, meta: judge.outdated(step, meta['roll_backs']))
     restored = self._checkpoints.restore(like)
     if restored is None:
-      return 0, None, FRESH
+      return 0, None, dict(FRESH)
     step, state, meta = restored
     record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
     metrics.check_ledger(self._path, step, meta['held'], fetch(step))

@@ -4,10 +4,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -16,6 +17,7 @@ from lmjax import (
   experiment,
   fingerprint,
   generate,
+  goodput,
   guard,
   hardware,
   metrics,
@@ -55,12 +57,16 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
     if finished:
       print(f'{path} is finished: {metrics.line(finished["step"], finished["metrics"])}')
       return finished
-    with workdir_lib.owned(path):
-      return _run(c, path, window, stop)
+    with workdir_lib.owned(path), goodput.Clock(path) as clock:
+      return _run(c, path, window, stop, clock)
 
 
 def _run(
-  c: Mapping[str, Any], path: epath.Path, window: profiler.Window, stop: stopping.Stop
+  c: Mapping[str, Any],
+  path: epath.Path,
+  window: profiler.Window,
+  stop: stopping.Stop,
+  clock: goodput.Clock,
 ) -> dict[str, Any]:
   parts = experiment.prepare(c)
   if c['log']['sample']:
@@ -84,7 +90,7 @@ def _run(
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     while True:
       try:
-        return _train(parts, mesh, path, digests, window, stop)
+        return _train(parts, mesh, path, digests, window, stop, clock)
       except guard.RollBack as e:
         print(f'lmjax: {e}', file=sys.stderr, flush=True)
 
@@ -96,11 +102,11 @@ def _train(
   digests: dict[str, str],
   window: profiler.Window,
   stop: stopping.Stop,
+  clock: goodput.Clock,
 ) -> dict[str, Any]:
   c, steps = parts.config, parts.config['steps']
   like, transform, make_state = init_state(parts, mesh)
-  count = sum(x.size for x in jax.tree.leaves(like.params))
-  whole = share_whole(like, mesh, c)
+  count, whole = sum(x.size for x in jax.tree.leaves(like.params)), share_whole(like, mesh, c)
   print(f'{count:,} parameters, {whole:.1%} of them whole on each of {mesh.size} device(s)')
   rows = parts.rows(mesh)
   data = loader.Loader(parts.examples('train'), c['batch'], c['seed'], rows)
@@ -113,25 +119,25 @@ def _train(
       batch = data.batch(judge.batch(step))
       return loader.fingerprint(batch, rows), parts.place(batch, mesh)
 
-    start, state, meta = saving.restore(like, judge, lambda step: load(step)[0])
+    restore = clock.timed('restore', saving.restore)
+    start, state, meta = restore(like, judge, lambda step: load(step)[0])
+    clock.take_up(meta.pop('productive'))
     if start:
       print(f'resuming at step {start} of {steps}', flush=True)
-    else:
-      state = warm_start(parts, mesh, make_state(), transform)
-    workdir_lib.describe(parts, path, digests)
+    state = state if start else warm_start(parts, mesh, make_state(), transform)
+    workdir_lib.describe(parts, path, digests, count, start)
     judge.begin()
     skipped, every = judge.skipped(), c['guard']['replicas']
-    eager = jax.config.jax_disable_jit
-    step_fn = make_step(parts, transform)
-    if not eager:
-      step_fn = _compile(lower(parts, mesh, like, transform))
+    step_fn = clock.timed('compile', _step_fn)(parts, mesh, like, transform)
+    transfers = 'allow' if jax.config.jax_disable_jit else 'disallow'
     stop.begin()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
     log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), judge.accepts, **meta)
     stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start + 1, steps + 1)))
     stack.enter_context(window)
     watchdog = stack.enter_context(stopping.Watchdog())
-    evaluator = Evaluator(parts, mesh)
+    evaluator = clock.timed('evaluate', Evaluator(parts, mesh))
+    stack.enter_context(clock.of('productive'))
 
     values = {}
     if start == steps or not meta['evaluated']:  # the last start has come so far
@@ -140,19 +146,17 @@ def _train(
         raise _stopped(stop, start, steps)
       if not meta['evaluated']:
         log.write(start, values)
-
     running = None
     for step in range(start + 1, steps + 1):
-      with log.waiting():
+      with log.waiting(), clock.of('input_wait'):
         digest, batch = next(batches)
       window.before(step)
       with watchdog.step():
         numbers = None
         if step not in skipped:
-          with jax.transfer_guard('allow' if eager else 'disallow'):
+          with jax.transfer_guard(transfers):
             state, numbers = step_fn(state, batch)
-        # One step is computed and one waits for it: no process is further ahead of another.
-        jax.block_until_ready(running)
+        jax.block_until_ready(running)  # no process is further ahead of another than one step
         running = numbers
       window.after(step, numbers)
       log.push(step, digest, numbers)
@@ -172,11 +176,15 @@ def _train(
         if due or asked:
           judge.check_finite(step, state)
           meta = {'held': held or [], 'evaluated': evaluated, 'roll_backs': len(judge.roll_backs)}
-          saving.save(step, state, meta, values or {}, last=asked or step == steps)
+          meta['productive'] = clock.productive()
+          with clock.of('save_blocked'):
+            saving.save(step, state, meta, values or {}, last=asked or step == steps)
         if asked:
           raise _stopped(stop, step, steps)
         log.restart_clock()
-    return _finish(parts, path, state, values, judge.counts())
+      if step % c['log']['every'] == 0:
+        clock.write()
+    return _finish(parts, path, state, values, judge.counts(), clock)
 
 
 def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
@@ -193,6 +201,14 @@ def _stopped(stop: stopping.Stop, step: int, steps: int) -> Restart:
   return Restart(f'stopped by {stop.reason} after step {step} of {steps}, which is saved')
 
 
+def _step_fn(
+  parts: Experiment, mesh: Mesh, like: TrainState, transform: optax.GradientTransformation
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+  if jax.config.jax_disable_jit:
+    return make_step(parts, transform)
+  return _compile(lower(parts, mesh, like, transform))
+
+
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   began = time.perf_counter()
   compiled = lowered.compile()
@@ -206,6 +222,7 @@ def _finish(
   state: TrainState,
   values: dict[str, float],
   decisions: dict[str, int],
+  clock: goodput.Clock,
 ) -> dict[str, Any]:
   """Writes result.json, by which a run is known to be finished."""
   result = {
@@ -220,5 +237,6 @@ def _finish(
   if prompt:
     result['sample'] = generate.continue_text(parts, averaged(state), prompt)
     print(f'\n{result["sample"]}\n')
+  result['goodput'] = clock.summary()
   metrics.write_json(path / 'result.json', result)
   return result

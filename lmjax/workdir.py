@@ -1,5 +1,6 @@
 """The directory of a run: whose it is, and what it says of the run."""
 
+import collections
 import contextlib
 import datetime
 import fcntl
@@ -109,12 +110,31 @@ def check_space(path: epath.Path, size: int, count: int) -> None:
     raise StorageError(wrong)
 
 
-def describe(parts: Experiment, path: epath.Path, digests: Mapping[str, str]) -> None:
-  """Writes what the run is, once everything fits together; config.json, last, makes it a run."""
-  if processes.index() == 0 and not (path / 'config.json').exists():
-    devices = [f'{d.platform}:{d.device_kind}' for d in jax.devices()]
-    parts.tokenizer.save(path / 'tokenizer')
-    metrics.write_json(path / 'record.json', record.describe(digests, devices))
+def describe(
+  parts: Experiment, path: epath.Path, digests: Mapping[str, str], parameters: int, step: int
+) -> None:
+  """Writes what the run is, once everything fits together; config.json, last, makes it a run.
+
+  Where it is one already, what has changed until this start, at `step`, is added.
+  """
+  if processes.index() == 0:
+    devices = jax.devices()
+    about = {
+      'machine': {
+        'devices': dict(collections.Counter(f'{d.platform}:{d.device_kind}' for d in devices)),
+        'driver': devices[0].client.platform_version,
+        'processes': jax.process_count(),
+      },
+      'parameters': parameters,
+      'seed': parts.config['seed'],
+    }
+    now = record.describe(digests, about)
+    if (path / 'config.json').exists():
+      began = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+      now = record.restarted(_read(path / 'record.json'), now, step, began)
+    else:
+      parts.tokenizer.save(path / 'tokenizer')
+    metrics.write_json(path / 'record.json', now)
   metrics.write_json(path / 'config.json', parts.config)
 
 

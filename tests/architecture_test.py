@@ -18,7 +18,7 @@ FLOORS = [
   [
     [
       *('errors', 'schema', 'sweep', 'config', 'rollcall', 'processes', 'command', 'metrics'),
-      *('hardware', 'roofline', 'profiler', 'fingerprint', 'guard', 'stopping'),
+      *('hardware', 'roofline', 'profiler', 'fingerprint', 'guard', 'stopping', 'goodput'),
       *('hlo', 'hlo.text', 'hlo.collectives', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
     ],
   ],

@@ -147,7 +147,9 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, strai
   ]
   np.testing.assert_allclose(*losses, rtol=1e-5)
   records = [json.loads((run / 'record.json').read_text()) for run in (finished, broken)]
-  assert records[0]['devices'] == records[1]['devices']
+  assert records[0]['machine'] == {**records[1]['machine'], 'processes': 1}
+  (restart,) = records[1]['restarts']
+  assert restart['changed']['machine.processes'] == [2, 1]
 
 
 def test_what_one_process_lacks_is_said_by_both(tiny, tmp_path, corpus):

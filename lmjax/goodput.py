@@ -1,0 +1,89 @@
+"""Where the time of a run goes, from its first start to its end, kills and pauses included."""
+
+import collections
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from lmjax import metrics, processes
+
+KINDS = (
+  'productive',  # steps whose results the run still has
+  'lost',  # steps that were made again, since the run had not saved them or went back over them
+  'input_wait',
+  'evaluate',
+  'save_blocked',  # what a save kept the steps waiting
+  'restore',
+  'compile',
+  'down',  # between a sign of life and the next start
+  'other',  # to prepare, and to finish
+)
+
+
+class Clock(contextlib.AbstractContextManager):
+  """At every moment the time goes to one kind; goodput.json has the seconds of each so far."""
+
+  def __init__(self, path: epath.Path):
+    """`path`: the directory of the run; what its former starts took is added."""
+    self._file = path / 'goodput.json'
+    before = json.loads(self._file.read_text()) if self._file.exists() else {}
+    now = time.time()
+    self._began = before.get('began', now)
+    self._seconds = collections.Counter(dict.fromkeys(KINDS, 0.0) | before.get('seconds', {}))
+    self._seconds['down'] += max(0.0, now - before.get('until', now))
+    self._kind, self._since = 'other', time.monotonic()
+
+  def __exit__(self, *_: object) -> None:
+    self.write()
+
+  @contextlib.contextmanager
+  def of(self, kind: str) -> Iterator[None]:
+    """The time inside goes to `kind`."""
+    former = self._switch(kind)
+    try:
+      yield
+    finally:
+      self._switch(former)
+
+  def timed(self, kind: str, function: Callable) -> Callable:
+    """The function, whose time goes to `kind`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+      with self.of(kind):
+        return function(*args, **kwargs)
+
+    return call
+
+  def productive(self) -> float:
+    """The seconds of the steps so far, which a checkpoint remembers."""
+    self._switch(self._kind)
+    return self._seconds['productive']
+
+  def take_up(self, productive: float) -> None:
+    """The run goes on from where it had so many productive seconds; those after it are lost."""
+    self._seconds['lost'] += self.productive() - productive
+    self._seconds['productive'] = productive
+
+  def summary(self) -> dict[str, float]:
+    """Kind -> seconds, and 'wall', the time by the clock on the wall, which is their sum."""
+    self._switch(self._kind)
+    return {**self._seconds, 'wall': time.time() - self._began}
+
+  def write(self) -> None:
+    self._switch(self._kind)
+    seconds = dict(self._seconds)
+    content = {'began': self._began, 'until': time.time(), 'seconds': seconds}
+    if processes.index() == 0 and self._file.parent.exists():
+      metrics.write_text(self._file, json.dumps(content) + '\n')
+
+  def _switch(self, kind: str) -> str:
+    former, now = self._kind, time.monotonic()
+    self._seconds[former] += now - self._since
+    self._kind, self._since = kind, now
+    return former
