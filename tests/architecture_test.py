@@ -25,7 +25,7 @@ FLOORS = [
   [
     [
       *('data.streams', 'data.files', 'data.python_corpus', 'data.sources'),
-      *('data.pieces', 'data.tokenizer', 'data.store', 'data.pack'),
+      *('data.pieces', 'data.tokenizer', 'data.building', 'data.store', 'data.pack'),
     ],
     ['data.corrupt', 'data.loader'],
     [

@@ -5,14 +5,16 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from lmjax.data import sources, store, tokenizer
-from lmjax.errors import UserError
+from lmjax.data import building, sources, store, tokenizer
+from lmjax.errors import StorageError, UserError
 
 BYTES = tokenizer.get('bytes', ())
 
@@ -35,13 +37,13 @@ def source(corpus):
   ],
 )
 def test_sentences_are_the_text_cut_up(text):
-  cut = store.split_sentences(text)
+  cut = building.split_sentences(text)
   assert ''.join(cut) == text
-  assert all(0 < len(s) <= store.LONGEST_SENTENCE for s in cut)
+  assert all(0 < len(s) <= building.LONGEST_SENTENCE for s in cut)
 
 
 def test_sentences_end_where_people_end_them():
-  cut = store.split_sentences('It is 3.5 m. "Really?" he asked. Yes (it is.) Good.\n\nnew part')
+  cut = building.split_sentences('It is 3.5 m. "Really?" he asked. Yes (it is.) Good.\n\nnew part')
   assert [s.strip() for s in cut] == [
     'It is 3.5 m.',
     '"Really?" he asked.',
@@ -89,7 +91,7 @@ def test_a_second_build_reads_nothing(source, tmp_path):
 @pytest.mark.parametrize('locks', [True, False])
 def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypatch, locks):
   """Where the disk has no locks, each builds it, and both get the same."""
-  began, build = [], store._build_shards
+  began, build = [], building.build_shards
 
   def slowly(*args):
     began.append(args)
@@ -100,7 +102,7 @@ def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypat
   def no_locks(*_):
     raise OSError('Function not implemented')
 
-  monkeypatch.setattr(store, '_build_shards', slowly)
+  monkeypatch.setattr(building, 'build_shards', slowly)
   if not locks:
     monkeypatch.setattr(store.fcntl, 'flock', no_locks)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -144,13 +146,93 @@ def test_a_store_of_another_tokenizer_is_refused(source, tmp_path):
     store.open_store(str(tmp_path), BYTES)
 
 
-def test_a_damaged_store_is_a_sentence(source, tmp_path):
+def flip(path: pathlib.Path, at: int = -3) -> None:
+  data = bytearray(path.read_bytes())
+  data[at] ^= 4
+  path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+  'flipped': (flip, 'its checksum is another'),
+  'cut': (lambda path: path.write_bytes(path.read_bytes()[:50]), r'50 of \d+ bytes'),
+  'emptied': (lambda path: path.write_bytes(b''), r'0 of \d+ bytes'),
+  'deleted': (pathlib.Path.unlink, 'No such file or directory'),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+@pytest.mark.parametrize('array', building.ARRAYS)
+def test_a_damaged_shard_is_named_and_built_again(source, tmp_path, kind, array, capsys):
+  whole = store.build(source, BYTES, str(tmp_path))
+  tokens = [whole.read(0, len(whole)).copy(), whole.documents, whole.sentences]
+  path = pathlib.Path(whole.path)
+  harm, why = DAMAGE[kind]
+  harm(path / 'shard-00002' / f'{array}.npy')
+  untouched = (path / 'shard-00003').stat().st_mtime_ns
+  said = rf'the token store {path} is damaged \(shard-00002 {array}: {why}\)'
+  with pytest.raises(StorageError, match=said):
+    store.open_store(str(path), BYTES)
+  again = store.build(source, BYTES, str(tmp_path))
+  assert re.search(rf'lmjax: {said}: built again', capsys.readouterr().err)
+  for x, y in zip(
+    tokens, [again.read(0, len(again)), again.documents, again.sentences], strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+  assert again.digest == whole.digest
+  assert (path / 'shard-00003').stat().st_mtime_ns == untouched
+  assert not list(path.glob('*.damaged'))
+
+
+def test_a_shard_that_is_gone_is_built_again(source, tmp_path):
+  whole = store.build(source, BYTES, str(tmp_path))
+  shutil.rmtree(pathlib.Path(whole.path) / 'shard-00002')
+  assert store.build(source, BYTES, str(tmp_path)).digest == whole.digest
+
+
+@pytest.mark.parametrize('at', [3, 40, -30])
+def test_where_nothing_is_known_of_the_shards_all_are_built_again(source, tmp_path, at):
+  whole = store.build(source, BYTES, str(tmp_path))
+  path = pathlib.Path(whole.path)
+  flip(path / 'store.json', at)
+  flip(path / 'shard-00002' / 'tokens.npy')
+  assert store.build(source, BYTES, str(tmp_path)).digest == whole.digest
+
+
+def test_a_shard_built_again_from_other_text_is_refused(source, tmp_path):
+  path = pathlib.Path(store.build(source, BYTES, str(tmp_path)).path)
+  flip(path / 'shard-00002' / 'tokens.npy')
+
+  class Changed:
+    fingerprint, spec = source.fingerprint, source.spec
+
+    def __len__(self):
+      return len(source)
+
+    def __getitem__(self, i):
+      return source[i].upper()
+
+  with pytest.raises(UserError, match='gives other tokens than those of the store'):
+    store.build(Changed(), BYTES, str(tmp_path))
+
+
+def test_a_large_store_is_checked_while_it_is_read(source, tmp_path, monkeypatch):
   path = store.build(source, BYTES, str(tmp_path)).path
-  tokens = pathlib.Path(path) / 'shard-00002' / 'tokens.npy'
-  for break_it in (lambda: tokens.write_bytes(tokens.read_bytes()[:50]), tokens.unlink):
-    break_it()
-    with pytest.raises(UserError, match=f'token store {path} is damaged .* remove it'):
-      store.build(source, BYTES, str(tmp_path))
+  flip(pathlib.Path(path) / 'shard-00002' / 'tokens.npy')
+  go, real = threading.Event(), store._checksum
+
+  def slowly(file):
+    assert go.wait(10)
+    return real(file)
+
+  monkeypatch.setattr(store, '_checksum', slowly)
+  monkeypatch.setattr(store, 'AT_ONCE', 0)
+  opened = store.open_store(path, BYTES)
+  opened.read(0, 3)
+  go.set()
+  (checker,) = (t for t in threading.enumerate() if t.name == 'checksums')
+  checker.join()
+  with pytest.raises(StorageError, match='shard-00002 tokens: its checksum is another'):
+    opened.read(0, 3)
 
 
 class Slow:

@@ -6,52 +6,44 @@ A store is a directory, keyed by the fingerprints of its source and tokenizer:
   shard-00000/documents.npy   int64, where each document begins in tokens.npy
   shard-00000/sentences.npy   int64, where each sentence begins
   shard-00000/bytes.npy       int64, the length of each document's text in UTF-8
-  store.json                  totals and fingerprints; written last, so a store with it is whole
+  store.json                  totals, fingerprints, checksums; written last: with it, it is whole
 
 Shards are built in parallel, each in a directory of its own that is renamed when done, so that an
-interrupted build goes on where it stopped.
+interrupted build goes on where it stopped.  One whose files are not what was written is built
+again.
 """
 
 import bisect
-import concurrent.futures.process
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from lmjax.data import building
+from lmjax.data.building import ARRAYS
 from lmjax.data.pieces import Tokenizer
 from lmjax.data.sources import Source
-from lmjax.errors import UserError
+from lmjax.errors import StorageError, UserError
 
-FORMAT = 1
-DOCUMENTS_PER_SHARD = 50_000
-LONGEST_SENTENCE = 10_000  # characters; text without an end of sentence is cut there
-
-# A sentence ends after . ! ? and what closes it, before white space and a capital, a digit or an
-# opening mark, or before a blank line.  White space goes with what follows, as in subword tokens.
-_END = re.compile(r'[.!?]["\')\]]*(?=\s+["\'(\[]?[A-Z0-9])|(?<=\S)(?=\s*\n\s*\n)')
+FORMAT = 2
+AT_ONCE = 8 << 30  # bytes that are checked before a store is used; larger ones beside its use
 
 
-def split_sentences(text: str) -> list[str]:
-  """Cuts a text into sentences; joined, they are the text again."""
-  ends = [m.end() for m in _END.finditer(text)]
-  bounds = [0, *(e for e in ends if 0 < e < len(text)), len(text)]
-  sentences = [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
-  n = LONGEST_SENTENCE
-  return [s[i : i + n] for s in sentences for i in range(0, len(s), n)]
+class DamagedStore(StorageError):
+  """Files of a token store are not what was written."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +60,7 @@ class Store:
   num_bytes: int  # of the original text, in UTF-8
   digest: str  # identity of the content: equal stores hold equal tokens
   path: str = ''
+  damage: Sequence[str] = ()  # what a check has found that runs beside
 
   def __post_init__(self):
     starts = np.cumsum([0, *(len(s) for s in self.shards)])
@@ -82,7 +75,13 @@ class Store:
     return len(self.documents) - 1
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Tokens [start, stop) as stored, a view where they lie in one shard."""
+    """Tokens [start, stop) as stored, a view where they lie in one shard.
+
+    Raises:
+      DamagedStore: a shard is not what was written.
+    """
+    if self.damage:
+      raise DamagedStore(f'the token store {self.path} is damaged ({", ".join(self.damage)})')
     shard = bisect.bisect_right(self._starts, start) - 1
     first = self._starts[shard]
     if stop <= self._starts[shard + 1]:
@@ -102,9 +101,38 @@ def build(source: Source, tokenizer: Tokenizer, cache: str) -> Store:
   if not (directory / 'store.json').exists():
     with lock(directory):
       if not (directory / 'store.json').exists():
-        _build_shards(source, tokenizer, directory)
+        building.build_shards(source, tokenizer, directory)
         _commit(source, tokenizer, directory)
+  try:
+    return open_store(str(directory), tokenizer)
+  except DamagedStore as e:
+    print(f'lmjax: {e}: built again', file=sys.stderr, flush=True)
+  with lock(directory):
+    _rebuild(source, tokenizer, directory)
   return open_store(str(directory), tokenizer)
+
+
+def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> None:
+  try:
+    meta = _meta(directory)
+    damaged = _damage(directory, meta)  # another process may have mended it
+  except DamagedStore:  # of its shards nothing is known
+    meta, damaged = None, [path.name for path in directory.glob('shard-*')]
+  if not damaged:
+    return
+  for shard in damaged:
+    aside = directory / f'{shard}.{uuid.uuid4().hex[:8]}.damaged'
+    with contextlib.suppress(FileNotFoundError):
+      (directory / shard).rename(aside)
+      aside.rmtree()
+  building.build_shards(source, tokenizer, directory)
+  _commit(source, tokenizer, directory)
+  now = _meta(directory)['digest']
+  if meta and now != meta['digest']:
+    raise UserError(
+      f'{source.spec} gives other tokens than those of the store {directory}, of which a part was '
+      f'damaged ({meta["digest"]}, now {now}): a run that began with it cannot go on'
+    )
 
 
 @contextlib.contextmanager
@@ -139,16 +167,28 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
 
   Raises:
     UserError: it is not whole, or was made with another tokenizer.
+    DamagedStore: a shard is not what was written.
   """
   directory = epath.Path(path)
   if not (directory / 'store.json').exists():
     raise UserError(f'{path} is no finished token store: it has no store.json')
-  meta = json.loads((directory / 'store.json').read_text())
+  meta = _meta(directory)
   if meta['tokenizer'] != tokenizer.fingerprint:
     raise UserError(
       f'the token store {path} was made with another tokenizer ({meta["tokenizer"]}, not '
       f'{tokenizer.fingerprint}): build it again with this one'
     )
+  damage: list[str] = []
+
+  def check():
+    damage.extend(f'{shard} {why}' for shard, why in _damage(directory, meta).items())
+
+  checker = threading.Thread(target=check, name='checksums', daemon=True)
+  checker.start()
+  if sum(size for files in meta['files'].values() for size, _ in files.values()) <= AT_ONCE:
+    checker.join()
+  if damage:
+    raise DamagedStore(f'the token store {path} is damaged ({", ".join(damage)})')
   shards = [directory / f'shard-{i:05d}' for i in range(meta['shards'])]
   tokens = [_load(shard / 'tokens.npy') for shard in shards]
   starts = np.cumsum([0, *(len(t) for t in tokens)])
@@ -162,97 +202,15 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
     num_bytes=meta['bytes'],
     digest=meta['digest'],
     path=path,
+    damage=damage,
   )
 
 
 def from_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Store:
   """A small store in memory."""
-  tokens, documents, sentences, sizes = _encode(texts, tokenizer)
+  tokens, documents, sentences, sizes = building.encode(texts, tokenizer)
   ends = np.append(documents, len(tokens))
   return Store([tokens], ends, sentences, int(sizes.sum()), _hash(tokens.tobytes()))
-
-
-def _build_shards(source, tokenizer, directory: epath.Path) -> None:
-  n = len(source)
-  num_shards = min(n, max(8, -(-n // DOCUMENTS_PER_SHARD)))
-  bounds = [n * i // num_shards for i in range(num_shards + 1)]
-  jobs = [
-    (source, tokenizer, str(directory / f'shard-{i:05d}'), bounds[i], bounds[i + 1])
-    for i in range(num_shards)
-    if not (directory / f'shard-{i:05d}').exists()
-  ]
-  directory.mkdir(parents=True, exist_ok=True)
-  from tqdm import tqdm  # only a build needs it
-
-  quiet = not sys.stderr.isatty()
-  if quiet:
-    print(f'tokenizing {source.spec}', flush=True)
-  bar = tqdm(total=len(jobs), desc=f'tokenizing {source.spec}', unit='shard', disable=quiet)
-  workers = min(len(jobs), os.cpu_count() or 1)
-  if workers <= 1:
-    with bar:
-      for job in jobs:
-        _build_shard(*job)
-        bar.update()
-    return
-  # Workers start afresh: a forked child of a process that runs JAX threads may hang.
-  context = multiprocessing.get_context('spawn')
-  executor = concurrent.futures.ProcessPoolExecutor(workers, context, _live_no_longer_than_parent)
-  with bar, executor as pool:
-    futures = [pool.submit(_build_shard, *job) for job in jobs]
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        future.result()
-        bar.update()
-    except concurrent.futures.process.BrokenProcessPool as e:
-      raise UserError(
-        'a process that tokenizes has died: either memory ran out, or a script of yours lacks '
-        "`if __name__ == '__main__':` before its work, which every such process imports"
-      ) from e
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-
-
-def _live_no_longer_than_parent() -> None:
-  """In a worker: its queue does not tell it that the parent was killed; Ctrl-C is the parent's."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-  def watch():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _build_shard(source, tokenizer, path: str, start: int, stop: int) -> None:
-  arrays = _encode([source[i] for i in range(start, stop)], tokenizer)
-  scratch = epath.Path(f'{path}.{uuid.uuid4().hex[:8]}.tmp')
-  scratch.mkdir(parents=True)
-  for name, array in zip(('tokens', 'documents', 'sentences', 'bytes'), arrays, strict=True):
-    with (scratch / f'{name}.npy').open('wb') as file:
-      np.save(file, array)
-  try:
-    scratch.rename(path)
-  except OSError:  # another build of the same store was faster
-    scratch.rmtree()
-
-
-def _encode(texts: Sequence[str], tokenizer) -> tuple[np.ndarray, ...]:
-  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-  chunks, documents, sentences, total = [], [], [], 0
-  for text in texts:
-    documents.append(total)
-    for ids in tokenizer.encode_batch(split_sentences(text)):
-      if ids:
-        sentences.append(total)
-        chunks.append(np.array(ids, dtype))
-        total += len(ids)
-    chunks.append(np.array([tokenizer.eos], dtype))
-    total += 1
-  tokens = np.concatenate(chunks) if chunks else np.zeros(0, dtype)
-  sizes = [len(text.encode()) for text in texts]
-  return tokens, *(np.array(x, np.int64) for x in (documents, sentences, sizes))
 
 
 def _commit(source, tokenizer, directory: epath.Path) -> None:
@@ -269,23 +227,64 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
     'documents': sum(map(len, sizes)),
     'bytes': int(sum(s.sum() for s in sizes)),
     'digest': _hash(*(np.ascontiguousarray(t) for t in tokens)),
+    'files': {
+      shard.name: {name: _checksum(shard / f'{name}.npy') for name in ARRAYS} for shard in shards
+    },
   }
   scratch = directory / f'store.{uuid.uuid4().hex[:8]}.tmp'
+  meta['checksum'] = _hash(json.dumps(meta, sort_keys=True).encode())
   scratch.write_text(json.dumps(meta, indent=2))
   scratch.replace(directory / 'store.json')
 
 
+def _meta(directory: epath.Path) -> dict[str, Any]:
+  try:
+    meta = json.loads((directory / 'store.json').read_text())
+    whole = meta.pop('checksum') == _hash(json.dumps(meta, sort_keys=True).encode())
+  except (ValueError, KeyError, AttributeError, TypeError):
+    whole = False
+  if not whole:
+    raise DamagedStore(f'the token store {directory} is damaged (store.json)')
+  return meta
+
+
+def _damage(directory: epath.Path, meta: Mapping[str, Any]) -> dict[str, str]:
+  """Shard -> what is wrong with its files."""
+
+  def look(shard):
+    for name, written in meta['files'][shard].items():
+      try:
+        now = _checksum(directory / shard / f'{name}.npy')
+      except OSError as e:
+        return f'{name}: {e.strerror}'
+      if now != written:
+        what = (
+          'its checksum is another' if now[0] == written[0] else f'{now[0]} of {written[0]} bytes'
+        )
+        return f'{name}: {what}'
+    return ''
+
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    found = zip(meta['files'], pool.map(look, meta['files']), strict=True)
+    return {shard: why for shard, why in found if why}
+
+
+def _checksum(path: epath.Path) -> list[int]:
+  """[bytes, CRC-32], at 1 to 3 GB a second."""
+  size = crc = 0
+  with path.open('rb') as file:
+    while block := file.read(1 << 24):
+      size, crc = size + len(block), zlib.crc32(block, crc)
+  return [size, crc]
+
+
 def _load(path: epath.Path) -> np.ndarray:
   """Mapped into memory from a local disk; read whole from a bucket."""
-  try:
-    if '://' not in str(path):
-      # Slices of a plain array are made ten times faster than those of an np.memmap.
-      return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
-    with path.open('rb') as file:
-      return np.load(file, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as e:
-    store = path.parent.parent
-    raise UserError(f'the token store {store} is damaged ({e}): remove it to have it built') from e
+  if '://' not in str(path):
+    # Slices of a plain array are made ten times faster than those of an np.memmap.
+    return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
+  with path.open('rb') as file:
+    return np.load(file, allow_pickle=False)
 
 
 def _hash(*parts) -> str:
