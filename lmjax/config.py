@@ -33,6 +33,7 @@ OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
 LEAST |= dict.fromkeys(('guard.limit', 'guard.replicas', 'checkpoint.minutes'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
+LEAST |= {'virtual_shards': 1}
 LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
 
 
@@ -52,6 +53,8 @@ def base(
   c.steps = 1000  # optimizer updates in the run
   c.batch = 32  # examples in a global batch
   c.micro_batches = 1  # parts in which a batch is computed, one after the other
+  c.deterministic_sum = False  # the same bits on any power of two of devices (at least 2)
+  c.virtual_shards = 8  # parts of a batch that it adds up; no fewer than devices
   c.length = 256  # tokens in an example
   c.init_from = ''  # a workdir whose parameters start this run, instead of random ones
   c.cache = '~/.cache/lmjax'  # where corpora, tokenizers, token stores and compiled programs lie

@@ -15,7 +15,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import guard, metrics, models, objectives, processes, sharding
+from lmjax import canonical, guard, metrics, models, objectives, processes, sharding
 from lmjax.config import base
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
@@ -212,6 +212,7 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:
   optimizer.schedule_fn(config['steps'])  # refuses a warm-up longer than the run
   sharding.rules(config['sharding']['strategy'])
   guard.check(config)
+  canonical.check(config)
   return objectives.get(**config['objective']), models.get(**core), optimizer
 
 

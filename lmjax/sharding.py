@@ -140,6 +140,11 @@ def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
       f'batch = {batch} does not divide into {micro_batches} micro-batch(es) on {ways} device(s): '
       f'try {" or ".join(map(str, near))}' + ''.join(f', or micro_batches={n}' for n in micro)
     )
+  if config['deterministic_sum'] and config['virtual_shards'] % ways:
+    raise UserError(
+      f'virtual_shards = {config["virtual_shards"]} do not divide over {ways} device(s): '
+      'take a power of two of devices, and no more than virtual shards'
+    )
   pieces = max(_ways(mesh, strategy, axis) for axis in ('length', 'residual_length'))
   if length % pieces:
     raise UserError(f'length = {length} does not divide over the {pieces} devices of a row')

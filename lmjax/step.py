@@ -1,14 +1,16 @@
 """The train step: what is differentiated, how it is added up, and what is changed by it."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmjax import guard, sharding
+from lmjax import canonical, guard, sharding
 from lmjax.experiment import Experiment
 from lmjax.state import TrainState
 
@@ -20,40 +22,15 @@ def make_step(
 
   The state remains as it is where the guard finds numbers that cannot be right.
   """
-  model, micro_batches = parts.model, parts.config['micro_batches']
+  gradients, options = _gradients(parts), parts.config['guard']
   schedule = parts.optimizer.schedule_fn(parts.config['steps'])
-  options = parts.config['guard']
   deviations = options['deviations'] if options['on_spike'] else math.inf
-
-  def loss_fn(params, batch, rng, weights):
-    terms, numbers = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng})
-    loss = sum(term.total / weights[name] for name, term in terms.items())
-    return loss, (terms, numbers)
-
-  def gradients(params, batch, rng):
-    # Only the weights of this pass are used, so the compiler drops the rest of it.
-    terms, _ = model.apply({'params': params}, batch, train=False)
-    weights = {name: jnp.maximum(term.weight, 1e-6) for name, term in terms.items()}
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
-      return grad_fn(params, batch, rng, weights)
-
-    def body(carry, part):
-      index, rows = part
-      return jax.tree.map(
-        jnp.add, carry, grad_fn(params, rows, jax.random.fold_in(rng, index), weights)
-      ), None
-
-    # Neighbouring rows go to different micro-batches, so that every device has a share of each.
-    split = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-    parts = (jnp.arange(micro_batches), jax.tree.map(split, batch))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, batch, rng, weights))
-    return jax.lax.scan(body, zeros, parts)[0]
 
   def step(state, batch):
     rng = jax.random.fold_in(state.rng, state.step)
     grads, (terms, numbers) = gradients(state.params, batch, rng)
-    loss = sum(term.total / jnp.maximum(term.weight, 1e-6) for term in terms.values())
+    weights = _positive({name: term.weight for name, term in terms.items()})
+    loss = sum(term.total / weights[name] for name, term in terms.items())
     taken, norm, found = guard.judge(loss, grads, state.losses, state.step, deviations)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -65,6 +42,51 @@ def make_step(
     return kept.replace(rng=state.rng), result
 
   return step
+
+
+def _gradients(parts: Experiment) -> Callable[[Any, dict, jax.Array], tuple[Any, tuple]]:
+  """(parameters, batch, rng) -> (gradients, (loss terms, metrics)), of all rows of the batch."""
+  model, micro_batches = parts.model, parts.config['micro_batches']
+
+  def weights_of(params, batch):
+    # Only the weights of this pass are used, so the compiler drops the rest of it.
+    terms, _ = model.apply({'params': params}, batch, train=False)
+    return {name: term.weight for name, term in terms.items()}
+
+  def loss_fn(params, batch, rng, weights):
+    terms, numbers = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng})
+    loss = sum(term.total / weights[name] for name, term in terms.items())
+    return loss, (terms, numbers)
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+
+  def of_part(index, rows, params, rng, weights):
+    return grad_fn(params, rows, jax.random.fold_in(rng, index), weights)
+
+  def canonical_gradients(params, batch, rng):
+    total = functools.partial(canonical.total, parts.config['virtual_shards'], batch)
+    weights = _positive(total(lambda _, rows, params: weights_of(params, rows), params))
+    return total(of_part, params, rng, weights)
+
+  def gradients(params, batch, rng):
+    weights = _positive(weights_of(params, batch))
+    if micro_batches == 1:
+      return grad_fn(params, batch, rng, weights)
+
+    def body(carry, part):
+      return jax.tree.map(jnp.add, carry, of_part(*part, params, rng, weights)), None
+
+    # Neighbouring rows go to different micro-batches, so that every device has a share of each.
+    split = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, batch, rng, weights))
+    every = jnp.arange(micro_batches), jax.tree.map(split, batch)
+    return jax.lax.scan(body, zeros, every)[0]
+
+  return canonical_gradients if parts.config['deterministic_sum'] else gradients
+
+
+def _positive(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: jnp.maximum(weight, 1e-6) for name, weight in weights.items()}
 
 
 def lower(

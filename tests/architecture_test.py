@@ -43,6 +43,7 @@ FLOORS = [
   [['objectives', 'objectives.clm'], ['objectives.mlm']],
   [
     [
+      'canonical',
       'experiment',
       'workdir',
       'evaluate',
