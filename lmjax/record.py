@@ -50,7 +50,7 @@ def software() -> dict[str, Any]:
 
 def check_data(workdir: epath.Path, digests: Mapping[str, str]) -> None:
   """Raises a UserError where the data are not what they were when the run was begun."""
-  check_same_data(workdir, _read(workdir, 'record.json')['data'], digests)
+  check_same_data(workdir, read(workdir, 'record.json')['data'], digests)
 
 
 def check_same_data(
@@ -86,10 +86,10 @@ def diff(first: str, second: str) -> Iterator[str]:
     UserError: one of the directories holds no run.
   """
   runs = (first, second)
-  configs = [_read(run, 'config.json') for run in runs]
+  configs = [read(run, 'config.json') for run in runs]
   for path, (x, y) in differences(*configs).items():
     yield f'config: {path}: {x!r} | {y!r}'
-  records = [_read(run, 'record.json') for run in runs]
+  records = [read(run, 'record.json') for run in runs]
   for section in _SECTIONS:
     for path, (x, y) in differences(*({section: r.get(section)} for r in records)).items():
       yield f'record: {path}: {x!r} | {y!r}'
@@ -99,27 +99,27 @@ def diff(first: str, second: str) -> Iterator[str]:
       for start in record.get('restarts', []):
         for path, (x, y) in start['changed'].items():
           yield f'restart: {run} at step {start["step"]}: {path}: {x!r}, then {y!r}'
-  ledgers = [_lines(run, 'ledger.jsonl') for run in runs]
+  ledgers = [lines(run, 'ledger.jsonl') for run in runs]
   yield from _first_difference('ledger', ledgers, lambda line: line['hash'])
   if len({c['log']['every'] for c in configs}) > 1:
     yield 'loss: not compared, since the means are over other numbers of steps (log.every)'
   else:
-    metrics = [_lines(run, 'metrics.jsonl') for run in runs]
+    metrics = [lines(run, 'metrics.jsonl') for run in runs]
     yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))
-  x, y = map(_final_state, runs)
+  x, y = map(final_state, runs)
   if x and y and x != y:
     yield f'state: the fingerprints at the end are {x} | {y}'
 
 
-def _final_state(run: str) -> str:
+def final_state(run: str) -> str:
   """The fingerprint of the state of a finished run; '' of another."""
   there = (epath.Path(run) / 'result.json').exists()
-  return _read(run, 'result.json').get('state_fingerprint', '') if there else ''
+  return read(run, 'result.json').get('state_fingerprint', '') if there else ''
 
 
 def verdict(first: str, second: str) -> str:
   """What there is to say where `diff` finds nothing."""
-  if (x := _final_state(first)) and x == _final_state(second):
+  if (x := final_state(first)) and x == final_state(second):
     return f'the runs are the same: every batch, every loss, and the state at the end ({x})'
   return 'the runs differ in nothing that was recorded'
 
@@ -131,14 +131,14 @@ def _first_difference(what: str, runs: list[list[dict]], value) -> Iterator[str]
     yield f'{what}: first differs at step {steps[0]}: {a[steps[0]]} | {b[steps[0]]}'
 
 
-def _read(directory: epath.PathLike, name: str) -> dict[str, Any]:
+def read(directory: epath.PathLike, name: str) -> dict[str, Any]:
   path = epath.Path(directory) / name
   if not path.exists():
     raise UserError(f'there is no run in {directory}: it has no {name}')
   return json.loads(path.read_text())
 
 
-def _lines(directory: str, name: str) -> list[dict[str, Any]]:
+def lines(directory: epath.PathLike, name: str) -> list[dict[str, Any]]:
   path = epath.Path(directory) / name
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -168,11 +168,11 @@ def main() -> None:
     print(__doc__, file=sys.stderr)
     sys.exit(2)
   try:
-    lines = list(diff(*sys.argv[2:]))
+    said = list(diff(*sys.argv[2:]))
   except UserError as e:
     print(f'lmjax: {e}', file=sys.stderr)
     sys.exit(2)
-  print('\n'.join(lines) or verdict(*sys.argv[2:]))
+  print('\n'.join(said) or verdict(*sys.argv[2:]))
 
 
 if __name__ == '__main__':
