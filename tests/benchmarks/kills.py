@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import trials
 
 from lmjax import checkpoint, fingerprint, metrics, saving, train

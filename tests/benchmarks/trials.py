@@ -25,7 +25,7 @@ OBJECTIVES = {
 
 
 def experiment(name: str, root: pathlib.Path, **overrides: Any) -> dict[str, Any]:
-  """A resolved config of 'gpt' or 'bert' with some thousand parameters, whose data lie in `root`."""
+  """A resolved config of a 'gpt' or 'bert' of some thousand parameters; its data lie in `root`."""
   root.mkdir(parents=True, exist_ok=True)
   chance = random.Random(0)
   for part, count in (('train', 80), ('valid', 8)):
