@@ -25,7 +25,7 @@ from lmjax.steps import Damaged, Steps
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno > logging.ERROR or 'orbax' not in record.pathname
+  return record.levelno > logging.ERROR or 'orbax' not in record.pathname + record.getMessage()
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -64,7 +64,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
     self._read_only = read_only
     self._steps = Steps(self.directory, read_only, warn)
-    logging.getLogger('absl').addFilter(_no_chatter)
+    for name in ('absl', 'asyncio'):  # the latter tells of its reads that failed, in pages
+      logging.getLogger(name).addFilter(_no_chatter)
     # Directories are made at once: where that fails in the background, threads wait for them.
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler()

@@ -11,7 +11,7 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import command, metrics, record, sharding
+from lmjax import command, jsonio, record, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import did_you_mean
 from lmjax.data import loader
@@ -133,7 +133,7 @@ def restore_params(
 def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]:
   """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
   parts = open_run(workdir, evaluation=True)
-  keep_programs(parts.config)
+  keep_programs(parts.config, run_path(workdir))
   record.check_data(run_path(workdir), parts.digests)
   mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
   sharding.check_batch({**parts.config, 'micro_batches': 1, 'deterministic_sum': False}, mesh)
@@ -141,7 +141,7 @@ def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     step, params = restore_params(parts, workdir, mesh, step)
     values = {'step': step, **Evaluator(parts, mesh)(params)}
-  metrics.write_json(run_path(workdir) / f'eval_{step}.json', values)
+  jsonio.write(run_path(workdir) / f'eval_{step}.json', values)
   return values
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import canonical, guard, metrics, models, objectives, processes, sharding
-from lmjax.config import base
+from lmjax import canonical, guard, jsonio, metrics, models, objectives, processes, sharding
+from lmjax.config import base, resolve
 from lmjax.data import loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
 from lmjax.errors import UserError
@@ -216,9 +217,20 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:
   return objectives.get(**config['objective']), models.get(**core), optimizer
 
 
-def keep_programs(config: Mapping[str, Any]) -> None:
-  """Compiled programs are kept in the cache, small ones too: a second start compiles nothing."""
+def keep_programs(config: Mapping[str, Any], of: epath.Path | None = None) -> None:
+  """Compiled programs are kept in the cache, small ones too: a second start compiles nothing.
+
+  They are run as they are.  So where a run that may be anybody's names the cache (`of` is its
+  directory), there are none from inside it, nor from what others can write to.
+  """
   directory = epath.Path(config['cache']).expanduser() / 'xla'
+  if '://' not in str(directory):
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    about, place = os.stat(directory), pathlib.Path(os.path.realpath(directory))
+    foreign = about.st_uid != os.getuid() or about.st_mode & 0o022
+    if foreign or (of and place.is_relative_to(os.path.realpath(of))):
+      print(f'the programs in {directory} are not used: others may have put them there', flush=True)
+      return
   jax.config.update('jax_compilation_cache_dir', str(directory))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
@@ -244,7 +256,7 @@ def open_run(workdir: str | os.PathLike, evaluation: bool = False) -> Experiment
   path = run_path(workdir)
   if not (path / 'config.json').exists():
     raise UserError(f'there is no run in {workdir}: it has no config.json')
-  saved = json.loads((path / 'config.json').read_text())
+  saved = resolve(jsonio.read(path / 'config.json'))
   opened = _open(saved, saved['data']['eval'] if evaluation else {})
   # What trained it need not be there where it is used.
   model = {key: 'auto' if key == 'attention' else x for key, x in saved['model'].items()}

@@ -15,7 +15,7 @@ from flax import linen as nn
 from lmjax import command, record, sharding
 from lmjax.errors import UserError
 from lmjax.evaluate import restore_params
-from lmjax.experiment import Experiment, keep_programs, open_run
+from lmjax.experiment import Experiment, keep_programs, open_run, run_path
 
 
 def choose(
@@ -155,7 +155,7 @@ def main() -> None:
   asked = {name: f[name].value for name in ('workdir', 'step', 'prompt', *sampling)}
   with command.joined(lambda: record.flatten({**record.software(), **asked})):
     parts = open_run(f.workdir)
-    keep_programs(parts.config)
+    keep_programs(parts.config, run_path(f.workdir))
     check_causal(parts)
     mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
     with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):

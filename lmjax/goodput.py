@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from lmjax import metrics, processes
+from lmjax import jsonio, processes
 
 KINDS = (
   'productive',  # steps whose results the run still has
@@ -31,7 +31,7 @@ class Clock(contextlib.AbstractContextManager):
   def __init__(self, path: epath.Path):
     """`path`: the directory of the run; what its former starts took is added."""
     self._file = path / 'goodput.json'
-    before = json.loads(self._file.read_text()) if self._file.exists() else {}
+    before = jsonio.read(self._file) if self._file.exists() else {}
     now = time.time()
     self._began = before.get('began', now)
     self._seconds = collections.Counter(dict.fromkeys(KINDS, 0.0) | before.get('seconds', {}))
@@ -80,7 +80,7 @@ class Clock(contextlib.AbstractContextManager):
     seconds = dict(self._seconds)
     content = {'began': self._began, 'until': time.time(), 'seconds': seconds}
     if processes.index() == 0 and self._file.parent.exists():
-      metrics.write_text(self._file, json.dumps(content) + '\n')
+      jsonio.write_text(self._file, json.dumps(content) + '\n')
 
   def _switch(self, kind: str) -> str:
     former, now = self._kind, time.monotonic()

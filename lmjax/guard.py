@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lmjax import fingerprint, metrics, processes
+from lmjax import fingerprint, jsonio, processes
 from lmjax.errors import NonFinite, Restart, UserError
 
 ACTIONS = ('stop', 'skip', 'roll_back')
@@ -97,12 +97,11 @@ class Guard:
     file = self._file
     if not file.exists():
       file = epath.Path(self._options['replay']).expanduser() if self._options['replay'] else file
-    text = file.read_text() if file.exists() else ''
+    events = list(jsonio.read_lines(file))
     try:
-      events = [json.loads(line) for line in text.splitlines()]
       for event in events:
-        numbers = [event['step'], event['to'] if event['event'] == 'roll_back' else 0]
-        if event['event'] not in ACTIONS or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        to = event['to'] if event['event'] == 'roll_back' else 0
+        if event['event'] not in ACTIONS or not 0 <= to < event['step'] < 1 << 63:
           raise ValueError(event)
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(f'{file} is no log of events: {e}') from e
@@ -187,7 +186,7 @@ class Guard:
 
   def _write(self) -> None:
     if self._events and processes.index() == 0:
-      metrics.write_text(self._file, ''.join(json.dumps(event) + '\n' for event in self._events))
+      jsonio.write_text(self._file, ''.join(json.dumps(event) + '\n' for event in self._events))
 
 
 @jax.jit

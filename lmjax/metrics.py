@@ -13,7 +13,7 @@ import jax.extend
 import tqdm
 from etils import epath
 
-from lmjax import processes
+from lmjax import jsonio, processes
 from lmjax.errors import UserError
 
 
@@ -212,8 +212,7 @@ def check_ledger(workdir: epath.Path, step: int, held: Iterable[Any], fingerprin
   if parts:
     now = sum(parts) % (1 << 64)
     path = workdir / 'ledger.jsonl'
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    known = {line['step']: line['hash'] for line in lines if line['step'] == step}
+    known = {line['step']: line['hash'] for line in jsonio.read_lines(path) if line['step'] == step}
     known |= {at: f'{total:016x}' for at, total, _ in held if at == step}
     if known.get(step, f'{now:016x}') != f'{now:016x}':
       wrong = (
@@ -262,22 +261,9 @@ def _truncate(path: epath.Path, step: int, evaluated: bool) -> None:
   if not path.exists():
     return
   kept = []
-  for text in path.read_text().splitlines(keepends=True):
-    line = json.loads(text) if text.endswith('\n') else {'step': math.inf}
+  for text in path.read_bytes().splitlines(keepends=True):
+    line = jsonio.parsed(text, path) if text.endswith(b'\n') else {'step': math.inf}
     again = line['step'] == step and not evaluated and any(key.startswith('eval/') for key in line)
     if line['step'] <= step and not again:
       kept.append(text)
-  write_text(path, ''.join(kept))
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-  """Process 0 writes a JSON file, whole or not at all."""
-  if processes.index() == 0:
-    write_text(path, json.dumps(value, indent=2) + '\n')
-
-
-def write_text(path: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  scratch = path.parent / f'{path.name}.tmp'
-  scratch.write_text(text)
-  scratch.replace(path)
+  jsonio.write_text(path, b''.join(kept).decode())

@@ -4,7 +4,6 @@ python -m lmjax.record diff DIR1 DIR2
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from lmjax import jsonio
 from lmjax.errors import UserError
 
 _SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data')
@@ -135,12 +135,11 @@ def read(directory: epath.PathLike, name: str) -> dict[str, Any]:
   path = epath.Path(directory) / name
   if not path.exists():
     raise UserError(f'there is no run in {directory}: it has no {name}')
-  return json.loads(path.read_text())
+  return jsonio.read(path)
 
 
 def lines(directory: epath.PathLike, name: str) -> list[dict[str, Any]]:
-  path = epath.Path(directory) / name
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return list(jsonio.read_lines(epath.Path(directory) / name))
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,7 @@ from etils import epath
 
 from lmjax import guard, metrics, processes, record, workdir
 from lmjax.checkpoint import Checkpoints
-from lmjax.errors import StorageError
+from lmjax.errors import StorageError, UserError
 
 FRESH = {'held': [], 'evaluated': True, 'productive': 0.0}  # see metrics.Log, goodput.Clock
 
@@ -25,7 +25,10 @@ class Saving(contextlib.AbstractContextManager):
     self._path, self._options, self._last = path, c, time.monotonic()
     self._looked_at = config['log']['every']
     self._about = {'config': config, 'data': digests}
-    self._checkpoints = Checkpoints(path / 'checkpoints', **keep)
+    there = path / 'checkpoints'
+    if not (path / 'config.json').exists() and there.exists() and any(there.iterdir()):
+      raise UserError(f'{there} holds something, and {path} no run of ours: choose another workdir')
+    self._checkpoints = Checkpoints(there, **keep)
 
   def __exit__(self, *_: object) -> None:
     self._checkpoints.close()

@@ -5,6 +5,7 @@ Beside the arrays of a step lies its manifest, by which one knows whether they a
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lmjax import processes
-from lmjax.errors import UserError
+from lmjax import jsonio, processes
+from lmjax.errors import StorageError, UserError
 
 FORMAT = 1  # of a step's directory; every older one can be read as well
 QUARANTINE = 'quarantine'
@@ -61,7 +62,7 @@ class Steps:
       there = ', '.join(map(str, self.all())) or 'none'
       raise UserError(f'there is no checkpoint of step {step} in {self.directory} (there: {there})')
     try:
-      manifest = json.loads(_manifest(path).read_bytes())
+      manifest = jsonio.read(_manifest(path))
       said = manifest.pop('digest')
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
       raise Damaged('its manifest cannot be read') from e
@@ -91,6 +92,8 @@ class Steps:
       self._warn(f'checkpoint {path} is damaged ({why}): passed over')
       return
     aside = self.directory / QUARANTINE
+    if os.path.islink(aside):
+      raise StorageError(f'{aside} is a link: nothing is moved to where it leads')
     aside.mkdir(exist_ok=True)
     number = sum(p.name.partition('.')[0] == name for p in aside.iterdir())
     place = aside / (f'{name}.{number}' if number else name)
@@ -117,7 +120,7 @@ class Steps:
     """Frees what a save or a deletion that did not come to its end has left."""
     for pattern in ('*.orbax-checkpoint-tmp*', '.deleting-*'):
       for path in self.directory.glob(pattern):
-        path.rmtree()
+        path.unlink() if os.path.islink(path) else path.rmtree()
 
 
 # ------------------------------------------------------------------------------------- manifests

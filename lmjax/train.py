@@ -20,6 +20,7 @@ from lmjax import (
   goodput,
   guard,
   hardware,
+  jsonio,
   metrics,
   profiler,
   record,
@@ -238,5 +239,5 @@ def _finish(
     result['sample'] = generate.continue_text(parts, averaged(state), prompt)
     print(f'\n{result["sample"]}\n')
   result['goodput'] = clock.summary()
-  metrics.write_json(path / 'result.json', result)
+  jsonio.write(path / 'result.json', result)
   return result

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -15,7 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from lmjax import metrics, processes, record
+from lmjax import config as config_lib
+from lmjax import jsonio, processes, record
 from lmjax.errors import StorageError, UserError
 from lmjax.experiment import Experiment
 
@@ -32,6 +32,7 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   """
   there, result = _read(path / 'config.json'), _read(path / 'result.json')
   if there:
+    there = config_lib.resolve(there)  # keys that have come since are as they are by default
     changed = record.differences(there, config)
     # Micro-batches draw noise of their own.
     noisy = any(k.endswith('dropout') and rate for k, rate in record.flatten(config).items())
@@ -47,7 +48,7 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   probe = path / f'.probe-{processes.share(uuid.uuid4().hex[:8])}'
   try:
     path.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(probe, {})
+    jsonio.write(probe, {})
   except OSError as e:
     raise UserError(f'cannot write the run into {path}: {e.strerror or e}') from e
   processes.share('written')
@@ -134,9 +135,9 @@ def describe(
       now = record.restarted(_read(path / 'record.json'), now, step, began)
     else:
       parts.tokenizer.save(path / 'tokenizer')
-    metrics.write_json(path / 'record.json', now)
-  metrics.write_json(path / 'config.json', parts.config)
+    jsonio.write(path / 'record.json', now)
+  jsonio.write(path / 'config.json', parts.config)
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-  return json.loads(path.read_text()) if path.exists() else None
+  return jsonio.read(path) if path.exists() else None

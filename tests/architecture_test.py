@@ -17,7 +17,17 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 FLOORS = [
   [
     [
-      *('errors', 'schema', 'sweep', 'config', 'rollcall', 'processes', 'command', 'metrics'),
+      *(
+        'errors',
+        'schema',
+        'sweep',
+        'config',
+        'rollcall',
+        'processes',
+        'jsonio',
+        'command',
+        'metrics',
+      ),
       *('hardware', 'roofline', 'profiler', 'fingerprint', 'guard', 'stopping', 'goodput'),
       *('hlo', 'hlo.text', 'hlo.collectives', 'hlo.costs', 'hlo.buffers', 'hlo.facts'),
     ],

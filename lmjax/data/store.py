@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lmjax import jsonio
 from lmjax.data import building
 from lmjax.data.building import ARRAYS
 from lmjax.data.pieces import Tokenizer
@@ -189,7 +190,7 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
     checker.join()
   if damage:
     raise DamagedStore(f'the token store {path} is damaged ({", ".join(damage)})')
-  shards = [directory / f'shard-{i:05d}' for i in range(meta['shards'])]
+  shards = [directory / f'shard-{i:05d}' for i in range(len(meta['files']))]
   tokens = [_load(shard / 'tokens.npy') for shard in shards]
   starts = np.cumsum([0, *(len(t) for t in tokens)])
   offsets = list(zip(shards, starts, strict=False))
@@ -239,8 +240,10 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
 
 def _meta(directory: epath.Path) -> dict[str, Any]:
   try:
-    meta = json.loads((directory / 'store.json').read_text())
+    meta = jsonio.read(directory / 'store.json')
     whole = meta.pop('checksum') == _hash(json.dumps(meta, sort_keys=True).encode())
+    whole &= list(meta['files']) == [f'shard-{i:05d}' for i in range(len(meta['files']))]
+    whole &= all(tuple(files) == ARRAYS for files in meta['files'].values())
   except (ValueError, KeyError, AttributeError, TypeError):
     whole = False
   if not whole:
@@ -280,11 +283,14 @@ def _checksum(path: epath.Path) -> list[int]:
 
 def _load(path: epath.Path) -> np.ndarray:
   """Mapped into memory from a local disk; read whole from a bucket."""
-  if '://' not in str(path):
-    # Slices of a plain array are made ten times faster than those of an np.memmap.
-    return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
-  with path.open('rb') as file:
-    return np.load(file, allow_pickle=False)
+  try:
+    if '://' not in str(path):
+      # Slices of a plain array are made ten times faster than those of an np.memmap.
+      return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
+    with path.open('rb') as file:
+      return np.load(file, allow_pickle=False)
+  except (ValueError, EOFError) as e:
+    raise DamagedStore(f'the token store {path.parent.parent} is damaged ({path.name}: {e})') from e
 
 
 def _hash(*parts) -> str:

@@ -5,13 +5,13 @@ Vocabularies trained here hold [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0..4.
 
 import inspect
 import io
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lmjax import jsonio
 from lmjax.config import did_you_mean
 from lmjax.data.pieces import (
   SPECIALS,
@@ -172,8 +172,8 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   """Exactly the tokenizer that `save` wrote; UserError where it is missing or damaged."""
   directory = as_path(directory)
   try:
-    about = json.loads((directory / 'tokenizer.json').read_bytes())
-    made = about['kind'], (directory / 'tokenizer.model').read_bytes(), about['options']
+    about = jsonio.read(directory / 'tokenizer.json')
+    made = about['kind'], jsonio.read_bytes(directory / 'tokenizer.model'), about['options']
     if fingerprint_of(*made) == about['fingerprint']:
       return build(*made)
   except OSError as error:

@@ -23,7 +23,7 @@ import time
 
 import trials
 
-from lmjax import checkpoint, fingerprint, metrics, saving, train
+from lmjax import checkpoint, fingerprint, jsonio, metrics, saving, train
 
 
 def die() -> None:
@@ -112,7 +112,7 @@ def points(chance: random.Random) -> dict:
     'start: preparing': lambda: at_call(train, 'check_best', 1),
     'start: before it is restored': lambda: at_call(saving.Saving, 'restore', 1),
     'start: when it is restored': lambda: at_call(saving.Saving, 'restore', 1, after=True),
-    'start: describing': lambda: at_call(metrics, 'write_json', chance.randint(1, 3)),
+    'start: describing': lambda: at_call(jsonio, 'write', chance.randint(1, 3)),
     'start: compiling': lambda: at_call(train, '_compile', 1),
     'start: compiled': lambda: at_call(train, '_compile', 1, after=True),
     'save: fingerprints': lambda: at_call(fingerprint, 'of', n + 1),
@@ -145,6 +145,7 @@ def main() -> None:
     while kills < args.kills:
       runs += 1
       workdir, newest = root / f'run{runs}', 0
+      log = workdir.with_suffix('.log')
       while True:
         kind, before, seconds = 'at random', lambda: None, chance.uniform(0.05, whole)
         if kills % 2:
@@ -152,6 +153,7 @@ def main() -> None:
           seconds = 1e9
         if kills >= args.kills:
           kind, seconds, before = '', 1e9, lambda: None
+        said = len(log.read_text()) if log.exists() else 0
         pid = trials.start(c, workdir, before)
         deadline, code = time.monotonic() + seconds, None
         while time.monotonic() < deadline and code is None:
@@ -162,21 +164,21 @@ def main() -> None:
           os.kill(pid, signal.SIGKILL)
           code = trials.wait(pid)
         there = trials.committed(workdir)
-        log = workdir.with_suffix('.log').read_text()
-        resumed = [int(s) for s in re.findall(r'resuming at step (\d+)', log)]
-        if newest and resumed and resumed[-1] < newest:
-          lost.append((runs, kind, newest, resumed[-1]))
-        if 'damaged' in log or 'Traceback' in log:
-          wrong.append((runs, kind, log[-500:]))
+        text = log.read_text()[said:]
+        resumed = [int(s) for s in re.findall(r'resuming at step (\d+)', text)]
+        if (resumed and resumed[0] != newest) or ('compiled' in text and newest and not resumed):
+          lost.append((runs, kind, newest, resumed))
+        if 'damaged' in text or 'Traceback' in text:
+          wrong.append((runs, kind, text[-500:]))
         newest = max([newest, *there])
         if code == 0:
           break
-        assert code == -signal.SIGKILL, (code, log[-2000:])
+        assert code == -signal.SIGKILL, (code, text[-2000:])
         kills += 1
         counts[kind] += 1
       wrong += [(runs, line) for line in trials.differences(root / 'straight', workdir)]
       shutil.rmtree(workdir)
-      workdir.with_suffix('.log').unlink()
+      log.unlink()
   forced = kills - counts['at random']
   print(
     json.dumps(

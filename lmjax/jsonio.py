@@ -1,0 +1,58 @@
+"""JSON files: written whole or not at all, and read with care, since they may be anybody's."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from lmjax import processes
+from lmjax.errors import UserError
+
+MOST = 64 << 20  # bytes of a file that is read at once
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+  """The object in a file. UserError where there is none, or more than MOST bytes."""
+  return parsed(read_bytes(path), path)
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """UserError where there are more than MOST."""
+  with epath.Path(path).open('rb') as file:
+    data = file.read(MOST + 1)
+  if len(data) > MOST:
+    raise UserError(f'{path} is larger than {MOST >> 20} MiB')
+  return data
+
+
+def read_lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
+  """The objects of a file that has one a line; none of a file that is not there."""
+  if epath.Path(path).exists():
+    with epath.Path(path).open('rb') as file:
+      while line := file.readline(MOST + 1):
+        yield parsed(line, path)
+
+
+def parsed(text: bytes | str, path: epath.PathLike) -> dict[str, Any]:
+  """The object in a text of this file. UserError where there is none."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise UserError(f'{path} is damaged: {e}') from e
+  if not isinstance(value, dict):
+    raise UserError(f'{path} is damaged: it holds {type(value).__name__}, and no object')
+  return value
+
+
+def write(path: epath.Path, value: Any) -> None:
+  """Process 0 writes a file, whole or not at all."""
+  if processes.index() == 0:
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  scratch = path.parent / f'{path.name}.tmp'
+  scratch.write_text(text)
+  scratch.replace(path)
