@@ -130,9 +130,10 @@ def describe(
       'seed': parts.config['seed'],
     }
     now = record.describe(digests, about)
-    if (path / 'config.json').exists():
+    before = _read(path / 'record.json')
+    if (path / 'config.json').exists() and before:
       began = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
-      now = record.restarted(_read(path / 'record.json'), now, step, began)
+      now = record.restarted(before, now, step, began)
     else:
       parts.tokenizer.save(path / 'tokenizer')
     jsonio.write(path / 'record.json', now)

@@ -36,8 +36,13 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-def begin(root: pathlib.Path, workdir: pathlib.Path, count: int) -> list[subprocess.Popen]:
-  """The processes of a run, which write to <workdir>.N.log."""
+def begin(
+  root: pathlib.Path, workdir: pathlib.Path, count: int, crash: str = '', at: int = 0
+) -> list[subprocess.Popen]:
+  """The processes of a run, which write to <workdir>.N.log.
+
+  The last runs the code `crash` instead, with {argv}, and {step} = `at` in it.
+  """
   arguments = [sys.executable, '-W', 'ignore', '-m', 'lmjax.main', f'--config={root}/experiment.py']
   arguments += [f'--workdir={workdir}']
   if count > 1:
@@ -46,10 +51,10 @@ def begin(root: pathlib.Path, workdir: pathlib.Path, count: int) -> list[subproc
   running = []
   for i in range(count):
     with open(f'{workdir}.{i}.log', 'a') as log:
-      own = [f'--process={i}'] if count > 1 else []
-      running.append(
-        subprocess.Popen([*arguments, *own], stdout=log, stderr=log, env=os.environ | flags)
-      )
+      own = [*arguments, *([f'--process={i}'] if count > 1 else [])]
+      if crash and i == count - 1:
+        own = [sys.executable, '-c', crash.format(argv=own[4:], step=at)]
+      running.append(subprocess.Popen(own, stdout=log, stderr=log, env=os.environ | flags))
   return running
 
 

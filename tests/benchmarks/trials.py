@@ -46,10 +46,16 @@ def experiment(name: str, root: pathlib.Path, **overrides: Any) -> dict[str, Any
 
 
 def start(
-  c: dict[str, Any], workdir: pathlib.Path, before: Callable[[], None] = lambda: None
+  c: dict[str, Any],
+  name: pathlib.Path,
+  before: Callable[[], None] = lambda: None,
+  workdir: pathlib.Path | None = None,
 ) -> int:
-  """The process that runs an experiment; `before` is called in it first.  Returns its number."""
-  log = workdir.with_suffix('.log')
+  """The number of a process that runs an experiment in `workdir`, by default `name`.
+
+  What it says is added to <name>.log; `before` is called in it first.
+  """
+  log = pathlib.Path(f'{name}.log')
   if pid := os.fork():
     return pid
   code = 1
@@ -59,7 +65,7 @@ def start(
     os.dup2(out, 2)
     signal.signal(signal.SIGTERM, command._stop)
     before()
-    train.run(c, str(workdir))
+    train.run(c, str(workdir or name))
     code = 0
   except BaseException as e:
     code = command._explain(e)

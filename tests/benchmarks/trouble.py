@@ -1,0 +1,209 @@
+"""What a user sees, and what survives, when peers die, disks fail, or two runs want one workdir.
+
+python tests/benchmarks/trouble.py peers|storage|writers [--tries 50] [--seed 0]
+
+The rows of `storage` mount a small disk in memory, for which one must be root.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import signals
+import trials
+
+CRASH = """import sys
+from lmjax import command, metrics
+push = metrics.Log.push
+def crash(self, step, *rest):
+  push(self, step, *rest)
+  if step == {step}:
+    raise RuntimeError('the peer has crashed')
+metrics.Log.push = crash
+import runpy
+sys.argv = {argv}
+runpy.run_module('lmjax.main', run_name='__main__')
+"""
+
+
+def logged(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+  """Returns when a step is logged, or the process gone."""
+  while signals.logged(workdir) < step and process.poll() is None:
+    time.sleep(0.002)
+
+
+def say(log: str) -> str:
+  """The last line that is ours, with what differs from try to try left out."""
+  lines = [line for line in log.splitlines() if line.startswith('lmjax: ')]
+  last = lines[-1] if lines else (log.strip().splitlines() or [''])[-1]
+  return re.sub(r'/\S+|\(\S+\)', '…', re.sub(r'\d+', 'N', last))[:140]
+
+
+# ------------------------------------------------------------------------------------------- peers
+
+
+def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+  rows = {}
+  c = trials.experiment(
+    'gpt', root, **{'steps': 300, 'checkpoint.every': 50, 'evaluate.every': 300}
+  )
+  (root / 'config.json').write_text(json.dumps(c))
+  (root / 'experiment.py').write_text(signals.EXPERIMENT)
+  assert [p.wait() for p in signals.begin(root, root / 'straight', 2)] == [0, 0]
+  for kind in ('worker killed', 'coordinator killed', 'worker stopped', 'worker crashes'):
+    told, seconds, wrong = collections.Counter(), [], []
+    for i in range(tries):
+      workdir = root / 'run'
+      crash_at = chance.randint(1, 150)
+      pair = signals.begin(
+        root, workdir, 2, crash=CRASH if kind == 'worker crashes' else '', at=crash_at
+      )
+      hurt = 0 if kind == 'coordinator killed' else 1
+      logged(workdir, crash_at, pair[0])
+      time.sleep(chance.random() / 10)
+      if kind != 'worker crashes':
+        pair[hurt].send_signal(signal.SIGSTOP if kind == 'worker stopped' else signal.SIGKILL)
+      began = time.monotonic()
+      try:
+        code = pair[1 - hurt].wait(timeout=60)
+      except subprocess.TimeoutExpired:
+        wrong.append([i, 'did not end'])
+        pair[1 - hurt].kill()
+        code = None
+      seconds.append(time.monotonic() - began)
+      pair[hurt].kill()
+      pair[hurt].wait()
+      text = pathlib.Path(f'{workdir}.{1 - hurt}.log').read_text()
+      told[f'{code}: {say(text)}'] += 1
+      if code != 75 and not (kind == 'worker crashes' and code == 1):
+        wrong.append([i, code, text[-300:]])
+      if i % 5 == 0:
+        codes = [p.wait(timeout=120) for p in signals.begin(root, workdir, 2)]
+        wrong += [[i, codes]] if codes != [0, 0] else []
+        wrong += [[i, line] for line in trials.differences(root / 'straight', workdir)]
+      shutil.rmtree(workdir)
+      for log in root.glob('run.*.log'):
+        log.unlink()
+    rows[kind] = {'told': dict(told), 'seconds, most': round(max(seconds), 1), 'wrong': wrong}
+  return rows
+
+
+# ----------------------------------------------------------------------------------------- storage
+
+
+def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+  disk = root / 'disk'
+  disk.mkdir()
+  c = trials.experiment('gpt', root, **{'model.dim': 64, 'steps': 60, 'checkpoint.every': 10})
+  assert trials.wait(trials.start(c, root / 'straight')) == 0
+  workdir = disk / 'run'
+  mount = lambda *options: subprocess.run(['mount', '-t', 'tmpfs', *options, str(disk)], check=True)
+
+  def fill():
+    with open(disk / 'filler', 'wb', buffering=0) as file, contextlib.suppress(OSError):
+      while file.write(b'x' * 4096):
+        continue
+
+  harm = {
+    'full for a while': fill,
+    'full to the end': fill,
+    'read-only from a step on': lambda: mount('-o', 'remount,ro', 'tmpfs'),
+    'directory removed': lambda: shutil.rmtree(workdir / 'checkpoints'),
+  }
+  rows = {}
+  for kind, act in harm.items():
+    told, wrong = collections.Counter(), []
+    for i in range(tries):
+      mount('-o', 'size=64m', 'tmpfs')
+      pid = trials.start(c, root / 'on', workdir=workdir)
+      at = chance.randint(11, 40)
+      while signals.logged(workdir) < at:
+        time.sleep(0.002)
+      act()
+      if kind == 'full for a while':
+        while signals.logged(workdir) < at + 12:
+          time.sleep(0.002)
+        (disk / 'filler').unlink()
+      code = trials.wait(pid)
+      text = (root / 'on.log').read_text()
+      told[f'{code}: {say(text)}'] += 1
+      if kind == 'read-only from a step on':
+        mount('-o', 'remount,rw', 'tmpfs')
+      (disk / 'filler').unlink(missing_ok=True)
+      expected = {'full for a while': (0,), 'directory removed': (0, 74)}.get(kind, (74,))
+      if code not in expected:
+        wrong.append([i, code, text[-400:]])
+      there = trials.committed(workdir)
+      if kind != 'directory removed' and not there:
+        wrong.append([i, 'no checkpoint survived'])
+      if code and kind != 'directory removed':
+        again = trials.wait(trials.start(c, root / 'on', workdir=workdir))
+        wrong += [[i, 'again', again]] if again else []
+      if kind != 'directory removed':
+        wrong += [[i, line] for line in trials.differences(root / 'straight', workdir)]
+      left = [p.name for p in (workdir / 'checkpoints').glob('*tmp*')] if workdir.exists() else []
+      wrong += [[i, left]] if left else []
+      subprocess.run(['umount', str(disk)], check=True)
+      (root / 'on.log').unlink()
+    rows[kind] = {'told': dict(told), 'wrong': wrong}
+  return rows
+
+
+# ----------------------------------------------------------------------------------------- writers
+
+
+def writers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+  c = trials.experiment('gpt', root, steps=20)
+  assert trials.wait(trials.start(c, root / 'straight')) == 0
+  told, wrong = collections.Counter(), []
+  for i in range(tries):
+    workdir = root / f'run{i}'
+    pids = [trials.start(c, root / f'{i}.{n}', workdir=workdir) for n in range(2)]
+    codes = sorted(trials.wait(pid) for pid in pids)
+    texts = [(root / f'{i}.{n}.log').read_text() for n in range(2)]
+    refused = [text for text in texts if 'another run is at work' in text]
+    told[f'{codes}: {say(refused[0]) if refused else "both finished, one after the other"}'] += 1
+    if codes not in ([0, 2], [0, 0]) or (codes == [0, 2]) != bool(refused):
+      wrong.append([i, codes, [text[-300:] for text in texts]])
+    wrong += [[i, line] for line in trials.differences(root / 'straight', workdir)]
+    # One that was killed holds nothing.
+    (workdir / 'result.json').unlink()
+    shutil.rmtree(workdir / 'checkpoints')
+    pid = trials.start(c, root / f'{i}.3', workdir=workdir)
+    time.sleep(chance.random() * 2)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    again = trials.wait(trials.start(c, root / f'{i}.4', workdir=workdir))
+    wrong += [[i, 'after a kill', again]] if again else []
+    shutil.rmtree(workdir)
+  return {'two at once, then one killed': {'told': dict(told), 'wrong': wrong}}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('table', choices=['peers', 'storage', 'writers'])
+  parser.add_argument('--tries', type=int, default=50)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  began = time.monotonic()
+  with tempfile.TemporaryDirectory() as scratch:
+    table = {'peers': peers, 'storage': storage, 'writers': writers}[args.table]
+    rows = table(pathlib.Path(scratch), args.tries, random.Random(args.seed))
+  result = {'tries of each': args.tries, 'seconds': round(time.monotonic() - began), **rows}
+  print(json.dumps(result, indent=2, ensure_ascii=False))
+  sys.exit(any(row['wrong'] for row in rows.values()))
+
+
+if __name__ == '__main__':
+  main()
