@@ -15,6 +15,7 @@ from tests.processes_test import free_port, spawn
 from tests.train_test import Killed, as_file, lines
 
 ASKED = {'deterministic_sum': True, 'batch': 16, 'model.dropout': 0.1, 'optimizer.clip': 0.5}
+ASKED |= {'model.depth': 1}
 
 
 def on(count: int) -> jax.sharding.Mesh:

@@ -12,8 +12,9 @@ import pytest
 
 from lmjax import config, errors, fingerprint, guard, metrics, sharding, train
 from lmjax.data import loader
+from tests.processes_test import free_port, spawn
 from tests.storage_test import after, signalled
-from tests.train_test import Killed, assert_same_run, lines
+from tests.train_test import Killed, as_file, assert_same_run, lines
 
 NAN, INF = math.nan, math.inf
 
@@ -144,6 +145,7 @@ def test_a_spike_is_measured_by_the_steps_that_were_taken(ill):
 # ----------------------------------------------------------------------------------------- the run
 
 STEPS = {'steps': 9, 'checkpoint.every': 3, 'evaluate.every': 9, 'log.every': 2}
+STEPS |= {'model.depth': 1, 'evaluate.batches': 1}
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +271,39 @@ def test_a_run_goes_back_and_leaves_out_what_led_to_it(tiny, tmp_path, monkeypat
   ledger = [line['hash'] for line in lines(tmp_path / 'straight', 'ledger')]
   assert ledger == [line['hash'] for line in lines(tmp_path / 'replayed', 'ledger')]
   assert len(set(ledger)) == 9
+
+
+FAULTY = """
+import runpy, sys
+import numpy as np
+from lmjax.data import loader
+real = loader.Loader.batch
+def batch(self, step):
+  made = real(self, step)
+  return {{**made, 'weights': made['weights'] * np.float32('nan')}} if step == 4 else made
+loader.Loader.batch = batch
+sys.argv = {argv}
+runpy.run_module('lmjax.main', run_name='__main__')
+"""
+
+
+def test_several_processes_go_back_together(tiny, tmp_path, monkeypatch):
+  c = tiny(**STEPS, **{'guard.on_bad': 'roll_back'})
+  flags = [as_file(c, tmp_path), f'--workdir={tmp_path / "two"}', '--processes=2']
+  flags += [f'--coordinator=localhost:{free_port()}']
+  codes = [FAULTY.format(argv=['main', *flags, f'--process={i}']) for i in range(2)]
+  pair = [spawn(['-c', code]) for code in codes]
+  fault(monkeypatch, [4])
+  train.run(c, str(tmp_path / 'one'))
+  said = [process.communicate(timeout=300)[1] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], said
+  assert events(tmp_path / 'one') == events(tmp_path / 'two') == [('roll_back', 5, 4, 3)]
+  assert lines(tmp_path / 'one', 'ledger') == lines(tmp_path / 'two', 'ledger')
+  losses = [
+    [line['train/loss'] for line in lines(tmp_path / run, 'metrics') if 'train/loss' in line]
+    for run in ('one', 'two')
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_back_to_the_beginning_where_nothing_is_saved(tiny, tmp_path, monkeypatch):
