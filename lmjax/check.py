@@ -44,11 +44,16 @@ def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
     (at / 'experiment.py').write_text(_EXPERIMENT)
     run(at / 'straight')
     print(f'{steps} steps without a stop: state {record.final_state(at / "straight")}', flush=True)
-    for _ in range(kills):
+    killed = 0
+    while killed < kills and not (at / 'broken' / 'result.json').exists():
       step = run(at / 'broken', chance.randint(1, steps - 1), chance.random() / 20)
+      killed += step > 0
       if step:
         print(f'killed when step {step} was logged', flush=True)
     run(at / 'broken')
+    if not killed:
+      print('the run ended before it could be killed: give it more --steps')
+      return False
     differences = list(record.diff(at / 'straight', at / 'broken'))
     print('\n'.join(differences) or record.verdict(at / 'straight', at / 'broken'), flush=True)
     return not differences and _holds_elsewhere(at, c['deterministic_sum'])
@@ -106,10 +111,11 @@ def run(
   experiment = f'--config={workdir.with_name("experiment.py")}'
   arguments = [sys.executable, '-m', 'lmjax.main', experiment, f'--workdir={workdir}']
   step, variables = 0, os.environ | dict(environment or {})
+  before = _file(workdir)
   with workdir.with_suffix('.log').open('w+') as said:
     process = subprocess.Popen(arguments, stdout=said, stderr=said, env=variables)
     while process.poll() is None:
-      step = _logged(workdir)
+      step = _logged(workdir) if _file(workdir) != before else 0  # of this start, not a former one
       if kill_after and step >= kill_after:
         time.sleep(delay)
         process.kill()
@@ -119,6 +125,12 @@ def run(
       said.seek(0)
       raise UserError(f'the run ended with {process.returncode}:\n{said.read()[-2000:]}')
   return step if process.returncode else 0
+
+
+def _file(workdir: pathlib.Path) -> int:
+  """Every start writes its metrics into a new file."""
+  path = workdir / 'metrics.jsonl'
+  return path.stat().st_ino if path.exists() else 0
 
 
 def _logged(workdir: pathlib.Path) -> int:

@@ -34,7 +34,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   Args:
     directory: a local path or a bucket (`gs://...`); created unless `read_only`.
     keep_last: how many of the newest steps to keep, at least 1.
-    keep_every: steps divisible by it are kept for ever; 0 for none.
+    keep_every: steps divisible by it are kept for ever; of `regular`, the newest. 0 for none.
     keep_best: a metric such as 'validation/loss' whose best step is kept: the lowest, but the
       highest of one with 'accuracy' in its name. '' for none.
     read_only: nothing is created, moved or deleted, so that a running trainer can be watched.
@@ -50,6 +50,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     *,
     keep_last: int = 2,
     keep_every: int = 0,
+    regular: int = 0,
     keep_best: str = '',
     read_only: bool = False,
     warn: Callable[[str], None] = steps.warn,
@@ -61,15 +62,14 @@ class Checkpoints(contextlib.AbstractContextManager):
       self.directory = self.directory.resolve()  # Orbax wants no relative one
     if read_only and not self.directory.is_dir():
       raise UserError(f'there is no checkpoint directory {self.directory}')
-    self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
-    self._read_only = read_only
+    self._keep_last, self._keep_every, self._regular = keep_last, keep_every, regular
+    self._keep_best, self._read_only = keep_best, read_only
     self._steps = Steps(self.directory, read_only, warn)
-    for name in ('absl', 'asyncio'):  # the latter tells of its reads that failed, in pages
-      logging.getLogger(name).addFilter(_no_chatter)
+    logging.getLogger('absl').addFilter(_no_chatter)
+    logging.getLogger('asyncio').addFilter(_no_chatter)  # pages of failed reads
     # Directories are made at once: where that fails in the background, threads wait for them.
-    options = ocp.AsyncOptions(create_directories_asynchronously=False)
-    handler = ocp.CompositeCheckpointHandler()
-    self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
+    options = {'async_options': ocp.AsyncOptions(create_directories_asynchronously=False)}
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), **options)
     self._background = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._saving: concurrent.futures.Future | None = None
 
@@ -284,6 +284,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       there = self.steps()
       keep = {self.best(), *there[-self._keep_last :]}
       keep |= {step for step in there if self._keep_every and step % self._keep_every == 0}
+      keep |= set([step for step in there if self._regular and step % self._regular == 0][-1:])
       for step in set(there) - keep:
         self._steps.delete(step)
 

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from lmjax import jsonio, processes
+from lmjax.errors import UserError
 
 KINDS = (
   'productive',  # steps whose results the run still has
@@ -31,7 +32,7 @@ class Clock(contextlib.AbstractContextManager):
   def __init__(self, path: epath.Path):
     """`path`: the directory of the run; what its former starts took is added."""
     self._file = path / 'goodput.json'
-    before = jsonio.read(self._file) if self._file.exists() else {}
+    before = _checked(jsonio.read(self._file), self._file) if self._file.exists() else {}
     now = time.time()
     self._began = before.get('began', now)
     self._seconds = collections.Counter(dict.fromkeys(KINDS, 0.0) | before.get('seconds', {}))
@@ -60,14 +61,15 @@ class Clock(contextlib.AbstractContextManager):
 
     return call
 
-  def productive(self) -> float:
+  def mark(self) -> float:
     """The seconds of the steps so far, which a checkpoint remembers."""
-    self._switch(self._kind)
+    self.write()
     return self._seconds['productive']
 
   def take_up(self, productive: float) -> None:
     """The run goes on from where it had so many productive seconds; those after it are lost."""
-    self._seconds['lost'] += self.productive() - productive
+    self._switch(self._kind)
+    self._seconds['lost'] += self._seconds['productive'] - productive
     self._seconds['productive'] = productive
 
   def summary(self) -> dict[str, float]:
@@ -76,10 +78,11 @@ class Clock(contextlib.AbstractContextManager):
     return {**self._seconds, 'wall': time.time() - self._began}
 
   def write(self) -> None:
+    """So that what a run that is killed has taken until now is known."""
     self._switch(self._kind)
     seconds = dict(self._seconds)
     content = {'began': self._began, 'until': time.time(), 'seconds': seconds}
-    if processes.index() == 0 and self._file.parent.exists():
+    if processes.index() == 0 and (self._file.parent / 'config.json').exists():
       jsonio.write_text(self._file, json.dumps(content) + '\n')
 
   def _switch(self, kind: str) -> str:
@@ -87,3 +90,12 @@ class Clock(contextlib.AbstractContextManager):
     self._seconds[former] += now - self._since
     self._kind, self._since = kind, now
     return former
+
+
+def _checked(before: dict[str, Any], file: epath.Path) -> dict[str, Any]:
+  seconds = before.get('seconds')
+  numbers = [before.get('began'), before.get('until')]
+  numbers += seconds.values() if isinstance(seconds, dict) else [None]
+  if not all(isinstance(x, int | float) for x in numbers) or not seconds.keys() <= set(KINDS):
+    raise UserError(f'{file} is damaged: remove it, and the time until now is not known')
+  return before

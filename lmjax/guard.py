@@ -56,8 +56,6 @@ def check(config: Mapping[str, Any]) -> None:
       raise UserError(f'guard.{key} = "{c[key]}" is none of {", ".join(known)}')
   if c['deviations'] <= 0:
     raise UserError(f'guard.deviations = {c["deviations"]} must be above 0')
-  if c['replay'] and not epath.Path(c['replay']).expanduser().exists():
-    raise UserError(f'guard.replay = {c["replay"]}: there is no such file')
 
 
 def check_replicas(state: Any) -> None:
@@ -88,20 +86,24 @@ class Guard:
     saved: Callable[[], list[int]],
   ):
     self._path, self._options, self._names = path, config['guard'], list(names)
-    self._cadence, self._saved = config['checkpoint']['every'], saved
+    self._checkpoint, self._saved = config['checkpoint'], saved
     self._file = path / 'events.jsonl'
     self._events = processes.share(self._read() if processes.index() == 0 else None)
     self._history: collections.deque[float] = collections.deque(maxlen=5)
 
   def _read(self) -> list[dict[str, Any]]:
     file = self._file
-    if not file.exists():
-      file = epath.Path(self._options['replay']).expanduser() if self._options['replay'] else file
+    if not file.exists() and self._options['replay']:
+      file = epath.Path(self._options['replay']).expanduser()
+      if not file.exists():
+        raise UserError(f'guard.replay = {file}: there is no such file')
     events = list(jsonio.read_lines(file))
     try:
       for event in events:
         to = event['to'] if event['event'] == 'roll_back' else 0
-        if event['event'] not in ACTIONS or not 0 <= to < event['step'] < 1 << 63:
+        numbers = to, event['step'], event['batch']
+        good = all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers) and to < event['step']
+        if event['event'] not in ACTIONS or not good:
           raise ValueError(event)
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(f'{file} is no log of events: {e}') from e
@@ -117,7 +119,11 @@ class Guard:
 
   def batch(self, step: int) -> int:
     """The 0-based batch of a 1-based step: behind all that the run has rolled back over."""
-    return step - 1 + sum(e['step'] - e['to'] for e in self.roll_backs if e['to'] < step)
+    events = self.roll_backs
+    for i in reversed(range(len(events))):
+      if events[i]['to'] < step:
+        return max(event['batch'] for event in events[: i + 1]) + step - events[i]['to']
+    return step - 1
 
   def skipped(self) -> set[int]:
     """The steps that are not made."""
@@ -173,9 +179,12 @@ class Guard:
     event = {'event': action, 'step': step, 'batch': self.batch(step), 'why': why}
     saved = [s for s in self._saved() if s < step]
     if action == 'roll_back':
-      # Any other checkpoint is there since somebody asked the run to stop, on which nothing of
-      # what it computes shall depend.
-      event['to'] = max([s for s in saved if s % self._cadence == 0] or saved, default=0)
+      # Where the last one is that there is in any case: nothing that a run computes shall depend
+      # on when somebody has asked it to stop.
+      every, newest = self._checkpoint['every'], max(saved, default=0)
+      regular = (step - 1) // every * every
+      timed = self._checkpoint['minutes'] > 0
+      event['to'] = newest if timed or regular not in (0, *saved) else regular
     self._events.append(event)
     self._write()
     if action == 'stop':

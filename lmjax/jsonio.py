@@ -27,10 +27,13 @@ def read_bytes(path: epath.PathLike) -> bytes:
 
 
 def read_lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
-  """The objects of a file that has one a line; none of a file that is not there."""
+  """The objects of a file that has one a line; none of one that is not there.
+
+  A last line without its end, which a process that was killed has left, is passed over.
+  """
   if epath.Path(path).exists():
     with epath.Path(path).open('rb') as file:
-      while line := file.readline(MOST + 1):
+      while (line := file.readline(MOST + 1)).endswith(b'\n') or len(line) > MOST:
         yield parsed(line, path)
 
 
@@ -54,5 +57,6 @@ def write(path: epath.Path, value: Any) -> None:
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   scratch = path.parent / f'{path.name}.tmp'
+  scratch.unlink(missing_ok=True)  # it may be a link
   scratch.write_text(text)
   scratch.replace(path)

@@ -4,6 +4,7 @@ python -m lmjax.record diff DIR1 DIR2
 """
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from etils import epath
 from lmjax import jsonio
 from lmjax.errors import UserError
 
+_CADENCES = ('log', 'checkpoint', 'evaluate')  # at each, losses so far are written
 _SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data')
 _VARIABLES = ('XLA_', 'JAX_', 'LIBTPU_', 'TPU_', 'CUDA_', 'NCCL_', 'LMJAX_')
 _SECRET = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
@@ -99,10 +101,14 @@ def diff(first: str, second: str) -> Iterator[str]:
       for start in record.get('restarts', []):
         for path, (x, y) in start['changed'].items():
           yield f'restart: {run} at step {start["step"]}: {path}: {x!r}, then {y!r}'
+  decided = [lines(run, 'events.jsonl') for run in runs]
+  if decided[0] != decided[1]:
+    x, y = next(pair for pair in itertools.zip_longest(*decided) if pair[0] != pair[1])
+    yield f'event: the first that differs is {x} | {y}'
   ledgers = [lines(run, 'ledger.jsonl') for run in runs]
   yield from _first_difference('ledger', ledgers, lambda line: line['hash'])
-  if len({c['log']['every'] for c in configs}) > 1:
-    yield 'loss: not compared, since the means are over other numbers of steps (log.every)'
+  if len({tuple(c.get(key, {}).get('every') for key in _CADENCES) for c in configs}) > 1:
+    yield f'loss: not compared: the means are over other steps ({", ".join(_CADENCES)}: every)'
   else:
     metrics = [lines(run, 'metrics.jsonl') for run in runs]
     yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))

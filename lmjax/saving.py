@@ -28,7 +28,7 @@ class Saving(contextlib.AbstractContextManager):
     there = path / 'checkpoints'
     if not (path / 'config.json').exists() and there.exists() and any(there.iterdir()):
       raise UserError(f'{there} holds something, and {path} no run of ours: choose another workdir')
-    self._checkpoints = Checkpoints(there, **keep)
+    self._checkpoints = Checkpoints(there, regular=c['every'], **keep)
 
   def __exit__(self, *_: object) -> None:
     self._checkpoints.close()
@@ -48,11 +48,13 @@ class Saving(contextlib.AbstractContextManager):
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
     there = len(self._checkpoints.steps())
     workdir.check_space(self._path, size, self._options['keep_last'] + 1 - there)
-    self._checkpoints.delete(lambda step, meta: judge.outdated(step, meta['roll_backs']))
+    self._checkpoints.delete(lambda step, meta: judge.outdated(step, meta.get('roll_backs', 0)))
     restored = self._checkpoints.restore(like)
     if restored is None:
       return 0, None, dict(FRESH)
     step, state, meta = restored
+    if lacking := {*FRESH, 'data', 'roll_backs'} - meta.keys():
+      raise UserError(f'checkpoint {step} in {self._path} says nothing of {sorted(lacking)[0]}')
     record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
     metrics.check_ledger(self._path, step, meta['held'], fetch(step))
     return step, state, {key: meta[key] for key in FRESH}

@@ -68,6 +68,8 @@ class Steps:
       raise Damaged('its manifest cannot be read') from e
     if said != _digest(manifest):
       raise Damaged('its manifest is not what was written')
+    if not {'step', 'format', 'meta', 'metrics', 'arrays'} <= manifest.keys():
+      raise Damaged('its manifest lacks something')
     if manifest['step'] != step:
       raise Damaged(f'it is that of step {manifest["step"]}')
     if manifest['format'] > FORMAT:

@@ -78,6 +78,10 @@ class Stop(contextlib.AbstractContextManager):
       return self._last is not None and self._tick >= self._last
 
   @property
+  def begun(self) -> bool:
+    return self._begun
+
+  @property
   def reason(self) -> str:
     return self._name
 

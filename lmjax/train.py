@@ -120,13 +120,13 @@ def _train(
       batch = data.batch(judge.batch(step))
       return loader.fingerprint(batch, rows), parts.place(batch, mesh)
 
-    restore = clock.timed('restore', saving.restore)
-    start, state, meta = restore(like, judge, lambda step: load(step)[0])
+    start, state, meta = clock.timed('restore', saving.restore)(like, judge, lambda s: load(s)[0])
     clock.take_up(meta.pop('productive'))
     if start:
       print(f'resuming at step {start} of {steps}', flush=True)
     state = state if start else warm_start(parts, mesh, make_state(), transform)
-    workdir_lib.describe(parts, path, digests, count, start)
+    if not stop.begun:  # the run begins, or is taken up, and does not go back
+      workdir_lib.describe(parts, path, digests, count, start)
     judge.begin()
     skipped, every = judge.skipped(), c['guard']['replicas']
     step_fn = clock.timed('compile', _step_fn)(parts, mesh, like, transform)
@@ -177,7 +177,7 @@ def _train(
         if due or asked:
           judge.check_finite(step, state)
           meta = {'held': held or [], 'evaluated': evaluated, 'roll_backs': len(judge.roll_backs)}
-          meta['productive'] = clock.productive()
+          meta['productive'] = clock.mark()
           with clock.of('save_blocked'):
             saving.save(step, state, meta, values or {}, last=asked or step == steps)
         if asked:
@@ -185,7 +185,7 @@ def _train(
         log.restart_clock()
       if step % c['log']['every'] == 0:
         clock.write()
-    return _finish(parts, path, state, values, judge.counts(), clock)
+    return clock.timed('other', _finish)(parts, path, state, values, judge.counts(), clock)
 
 
 def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:

@@ -79,7 +79,8 @@ def owned(path: epath.Path) -> Iterator[None]:
 def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str:
   if '://' in str(path):
     return ''
-  file = stack.enter_context(open(path / '.lock', 'a+'))  # noqa: SIM115
+  opened = os.open(path / '.lock', os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  file = stack.enter_context(os.fdopen(opened, 'a+'))
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

@@ -425,6 +425,15 @@ def test_mistakes_are_sentences(tmp_path):
     Checkpoints(tmp_path, keep_last=0)
 
 
+def test_the_newest_regular_step_is_kept(tmp_path):
+  """Whatever is saved between: there a run goes back to."""
+  with Checkpoints(tmp_path, keep_last=1, regular=10) as checkpoints:
+    for step in (10, 20, 23, 27):
+      checkpoints.save(step, {'w': jnp.ones(2)}, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [20, 27]
+
+
 def test_the_manifest_is_plain_json(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {'w': jnp.ones(2)}, {'a': 1}, {'loss': jnp.float32(0.5)})

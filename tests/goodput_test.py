@@ -23,6 +23,7 @@ def hands(monkeypatch):
 
 
 def test_every_second_goes_to_one_kind(tmp_path, hands):
+  (tmp_path / 'config.json').touch()
   with goodput.Clock(tmp_path) as clock:
     hands(2)
     with clock.of('productive'):
@@ -31,7 +32,7 @@ def test_every_second_goes_to_one_kind(tmp_path, hands):
       with contextlib.suppress(Killed), clock.of('evaluate'):
         hands(3)
         raise Killed
-      saved = clock.productive()
+      saved = clock.mark()
       hands(5)
   hands(100)
   with goodput.Clock(tmp_path) as clock:
@@ -53,6 +54,7 @@ def test_every_second_goes_to_one_kind(tmp_path, hands):
 
 
 def test_a_clock_that_is_set_back_loses_nothing(tmp_path, hands):
+  (tmp_path / 'config.json').touch()
   with goodput.Clock(tmp_path) as clock:
     hands(5)
   hands(-50)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from lmjax import config, errors, fingerprint, guard, metrics, sharding, train
 from lmjax.data import loader
@@ -313,6 +314,57 @@ def test_back_to_the_beginning_where_nothing_is_saved(tiny, tmp_path, monkeypatc
   assert [line['step'] for line in lines(tmp_path, 'ledger')] == list(range(1, 10))
 
 
+def judging(tmp_path, roll_backs=(), saved=(), **checkpoint):
+  """A guard whose run has gone back, (step, batch, to) each, and has saved some steps."""
+  c = config.base().to_dict()
+  c['guard']['on_bad'], c['checkpoint'] = 'roll_back', c['checkpoint'] | {'every': 10} | checkpoint
+  rows = ({'event': 'roll_back', 'step': s, 'batch': b, 'to': to} for s, b, to in roll_backs)
+  (tmp_path / 'events.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return guard.Guard(epath.Path(tmp_path), c, ['w'], lambda: list(saved))
+
+
+@pytest.mark.parametrize(
+  ('roll_backs', 'step', 'batch'),
+  [
+    ([], 7, 6),
+    ([(50, 49, 40)], 40, 39),
+    ([(50, 49, 40)], 41, 50),
+    ([(50, 49, 40), (60, 69, 55)], 45, 54),
+    ([(50, 49, 40), (60, 69, 55)], 56, 70),
+    # The second goes back over the first, whose batch is not met again.
+    ([(8, 7, 6), (7, 8, 3)], 4, 9),
+    ([(50, 49, 40), (43, 52, 20)], 21, 53),
+  ],
+)
+def test_no_batch_that_led_back_is_met_again(tmp_path, roll_backs, step, batch):
+  assert judging(tmp_path, roll_backs).batch(step) == batch
+
+
+@pytest.mark.parametrize(
+  ('saved', 'checkpoint', 'to'),
+  [
+    ([20, 30], {}, 30),
+    ([20, 30, 33, 34], {}, 30),  # 33 and 34 are there since somebody asked the run to stop
+    ([2], {}, 2),
+    ([], {}, 0),
+    ([10, 20], {}, 20),  # 30 could not be written
+    ([10, 33, 34], {}, 34),
+    ([20, 30, 33], {'minutes': 5.0}, 33),
+  ],
+)
+def test_where_a_run_goes_back_to(tmp_path, saved, checkpoint, to):
+  found = {'taken': False, 'spike': False, 'loss': NAN, 'squares': [NAN]}
+  with pytest.raises(guard.RollBack, match=f'going back to step {to}'):
+    judging(tmp_path, saved=saved, **checkpoint).accepts(37, found)
+  assert events(tmp_path) == [('roll_back', 37, 36, to)]
+
+
+def test_before_the_first_regular_checkpoint_it_begins_again(tmp_path):
+  found = {'taken': False, 'spike': False, 'loss': NAN, 'squares': [NAN]}
+  with pytest.raises(guard.RollBack, match='going back to step 0'):
+    judging(tmp_path, saved=[2]).accepts(7, found)
+
+
 @pytest.mark.parametrize('action', ['skip', 'roll_back'])
 def test_there_is_a_limit(tiny, tmp_path, monkeypatch, action):
   fault(monkeypatch, range(4, 99))
@@ -347,11 +399,11 @@ def test_an_update_that_overflows_is_not_saved(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'text', ['{"event": "skip"}\n', '{"event": "go", "step": 1}\n', '[1]\n', '{']
+  'text', ['{"event": "skip"}\n', '{"event": "go", "step": 1, "batch": 0}\n', '[1]\n', '{\n']
 )
 def test_a_log_that_is_none_is_refused(tiny, tmp_path, text):
   (tmp_path / 'log').write_text(text)
-  with pytest.raises(errors.UserError, match='is no log of events'):
+  with pytest.raises(errors.UserError, match=r'is no log of events|is damaged'):
     train.run(tiny(**STEPS, **{'guard.replay': str(tmp_path / 'log')}), str(tmp_path / 'run'))
 
 

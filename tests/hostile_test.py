@@ -178,16 +178,20 @@ CASES = {
   'steps of somebody else': (foreign_steps, GO_ON, 'choose another workdir'),
   'metrics: pickle': (resumed(put('metrics.jsonl', PICKLE + b'\n')), GO_ON, 'metrics.jsonl'),
   'ledger: deep': (resumed(put('ledger.jsonl', DEEP + b'\n')), GO_ON, 'ledger.jsonl is damaged'),
-  'events: pickle': (resumed(put('events.jsonl', PICKLE)), GO_ON, 'events.jsonl is damaged'),
+  'events: pickle': (
+    resumed(put('events.jsonl', PICKLE + b'\n')),
+    GO_ON,
+    'events.jsonl is damaged',
+  ),
   'events: back to the future': (
-    resumed(put('events.jsonl', b'{"event": "roll_back", "step": 2, "to": 9}\n')),
+    resumed(put('events.jsonl', b'{"event": "roll_back", "step": 2, "batch": 1, "to": 9}\n')),
     GO_ON,
     'is no log of events',
   ),
   'record: pickle': (put('record.json', PICKLE), DIFF, 'record.json is damaged'),
   'record: deep': (put('record.json', DEEP), DIFF, 'record.json is damaged'),
   'record: a list': (put('record.json', b'[1]'), DIFF, 'holds list'),
-  'lines: deep': (put('metrics.jsonl', DEEP), DIFF, 'metrics.jsonl is damaged'),
+  'lines: deep': (put('metrics.jsonl', DEEP + b'\n'), DIFF, 'metrics.jsonl is damaged'),
 }
 
 FORBIDDEN = ('pickle.find_class', 'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn')

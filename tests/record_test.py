@@ -101,6 +101,14 @@ def test_losses_over_other_numbers_of_steps_are_not_compared(run):
   assert said[1].startswith('loss: not compared')
 
 
+def test_a_decision_is_named_before_what_follows_from_it(run, tmp_path):
+  a, b = run('a'), run('b', losses=(3.0, 2.5, 1.0))
+  (tmp_path / 'b' / 'events.jsonl').write_text('{"event": "skip", "step": 2}\n')
+  said = list(record.diff(a, b))
+  assert said[0] == "event: the first that differs is None | {'event': 'skip', 'step': 2}"
+  assert said[1].startswith('loss: first differs at step 2')
+
+
 def test_no_run_is_said_to_be_none(run, tmp_path):
   with pytest.raises(UserError, match='there is no run in'):
     list(record.diff(run('a'), str(tmp_path / 'none')))

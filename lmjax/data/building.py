@@ -97,6 +97,9 @@ def _build_shard(source, tokenizer, path: str, start: int, stop: int) -> None:
   for name, array in zip(ARRAYS, arrays, strict=True):
     with (scratch / f'{name}.npy').open('wb') as file:
       np.save(file, array)
+      if '://' not in path:  # before the rename: it may outlive a power cut that they do not
+        file.flush()
+        os.fsync(file.fileno())
   try:
     scratch.rename(path)
   except OSError:  # another build of the same store was faster

@@ -8,19 +8,16 @@ A store is a directory, keyed by the fingerprints of its source and tokenizer:
   shard-00000/bytes.npy       int64, the length of each document's text in UTF-8
   store.json                  totals, fingerprints, checksums; written last: with it, it is whole
 
-Shards are built in parallel, each in a directory of its own that is renamed when done, so that an
-interrupted build goes on where it stopped.  One whose files are not what was written is built
-again.
+Shards are built in parallel, each in a directory that is renamed when done, so that an interrupted
+build goes on where it stopped.  One whose files are not what was written is built again.
 """
 
 import bisect
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import re
 import sys
 import threading
@@ -40,7 +37,7 @@ from lmjax.data.sources import Source
 from lmjax.errors import StorageError, UserError
 
 FORMAT = 2
-AT_ONCE = 8 << 30  # bytes that are checked before a store is used; larger ones beside its use
+AT_ONCE = 2 << 30  # bytes that are checked before a store is used; larger ones beside its use
 
 
 class DamagedStore(StorageError):
@@ -119,6 +116,7 @@ def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> Non
     damaged = _damage(directory, meta)  # another process may have mended it
   except DamagedStore:  # of its shards nothing is known
     meta, damaged = None, [path.name for path in directory.glob('shard-*')]
+  (directory / 'damaged').unlink(missing_ok=True)
   if not damaged:
     return
   for shard in damaged:
@@ -180,13 +178,17 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
       f'{tokenizer.fingerprint}): build it again with this one'
     )
   damage: list[str] = []
+  mark = directory / 'damaged'  # what was found beside is mended at the next start
 
   def check():
     damage.extend(f'{shard} {why}' for shard, why in _damage(directory, meta).items())
+    if damage:
+      mark.touch()
 
   checker = threading.Thread(target=check, name='checksums', daemon=True)
   checker.start()
-  if sum(size for files in meta['files'].values() for size, _ in files.values()) <= AT_ONCE:
+  sizes = (size for files in meta['files'].values() for size, _ in files.values())
+  if sum(sizes) <= AT_ONCE or mark.exists():
     checker.join()
   if damage:
     raise DamagedStore(f'the token store {path} is damaged ({", ".join(damage)})')
@@ -267,9 +269,7 @@ def _damage(directory: epath.Path, meta: Mapping[str, Any]) -> dict[str, str]:
         return f'{name}: {what}'
     return ''
 
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    found = zip(meta['files'], pool.map(look, meta['files']), strict=True)
-    return {shard: why for shard, why in found if why}
+  return {shard: why for shard in meta['files'] if (why := look(shard))}
 
 
 def _checksum(path: epath.Path) -> list[int]:
