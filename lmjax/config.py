@@ -256,6 +256,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     value = functools.reduce(lambda tree, key: tree[key], path.split('.'), complete)
     if value < least:
       raise UserError(f'{path} = {value} must be at least {least}')
+  if complete.steps >= 1 << 31:  # devices count updates in int32; all else is counted on the host
+    raise UserError(f'steps = {complete.steps} must be below 2^31')
   return complete.to_dict()
 
 

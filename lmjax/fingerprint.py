@@ -26,8 +26,11 @@ _LANES = ((0x9E3779B9, 0), (0x85EBCA6B, 0x165667B1))
 
 def of(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
   """Name -> 16 hexadecimal digits."""
-  # One program: CPUs abort when several with collectives are under way at once.
-  return {name: digits(pair) for name, pair in jax.device_get(_all_lanes(dict(arrays))).items()}
+  # One program: CPUs abort when several with collectives are under way at once.  And a program even
+  # where --debug wants none: operation by operation it takes minutes.
+  with jax.disable_jit(False):
+    found = jax.device_get(_all_lanes(dict(arrays)))
+  return {name: digits(pair) for name, pair in found.items()}
 
 
 def digits(lanes: Iterable[int]) -> str:
@@ -76,7 +79,8 @@ def disagreements(tree: Any) -> dict[str, list[int]]:
   if not held:
     return {}
   arrays = [x for x, _ in held.values()]
-  found = _by_device(arrays[0].sharding.mesh, tuple(x.sharding.spec for x in arrays), *arrays)
+  with jax.disable_jit(False):
+    found = _by_device(arrays[0].sharding.mesh, tuple(x.sharding.spec for x in arrays), *arrays)
   here = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in found.addressable_shards}
   everyone = {int(d): rows for part in processes.collect(here) or () for d, rows in part.items()}
   wrong = {}

@@ -167,7 +167,8 @@ class Guard:
 
   def check_finite(self, step: int, state: Any) -> None:
     """Keeps a state from being saved, and raises as `accepts` does: an update may overflow too."""
-    finite = jax.device_get(_all_finite(fingerprint.named(state)))
+    with jax.disable_jit(False):
+      finite = jax.device_get(_all_finite(fingerprint.named(state)))
     if wrong := [name for name, is_finite in finite.items() if not is_finite]:
       action = 'stop' if self._options['on_bad'] == 'skip' else self._options['on_bad']
       self._decide(action, step, f'not finite is {_some(wrong)}')

@@ -62,6 +62,7 @@ def test_every_key_of_a_wrong_type_is_refused(kind, path):
   [
     ('steps', 7.5, 'steps = 7.5 is not int'),
     ('steps', 0, 'steps = 0 must be at least 1'),
+    ('steps', 1 << 31, r'steps = 2147483648 must be below 2\^31'),
     ('batch', -1, 'batch = -1 must be at least 1'),
     ('steps', True, 'steps = True is not int'),
     ('optimizer.lr', float('nan'), 'not a finite number'),

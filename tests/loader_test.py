@@ -128,3 +128,23 @@ def test_keys_differ_in_every_part():
   b = corrupt.keys(0, places, places * 0 + 1)
   c = corrupt.keys(1, places, places * 0)
   assert len({*a.tolist(), *b.tolist(), *c.tolist()}) == 300
+
+
+def test_places_are_exact_where_32_bits_are_too_few():
+  """The tokens of a run are more than its steps: the 2^40th batch is as good as the first."""
+  asked = []
+
+  class Examples:
+    def __len__(self):
+      return 7
+
+    def __call__(self, indices, epochs):
+      asked.append((indices.tolist(), epochs.tolist()))
+      return {'tokens': indices}
+
+  step = (1 << 40) + 3
+  loader.Loader(Examples(), 21, seed=0).batch(step)
+  ((indices, epochs),) = asked
+  assert epochs == [(step * 21 + row) // 7 for row in range(21)]
+  for epoch in range(3):
+    assert sorted(indices[7 * epoch : 7 * epoch + 7]) == list(range(7))

@@ -248,7 +248,7 @@ def test_a_second_run_in_one_workdir_is_refused(tiny, tmp_path, started):
   _, said = second.communicate(timeout=60)
   assert second.returncode == 2
   assert f'lmjax: another run is at work in {tmp_path}/run: process {first.pid} on ' in said
-  written = {'metrics.jsonl', 'ledger.jsonl', 'checkpoints'}
+  written = {'metrics.jsonl', 'ledger.jsonl', 'goodput.json', 'checkpoints'}
   now = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').iterdir() if p.name not in written}
   assert now == {path: time for path, time in there.items() if path.name not in written}
   first.kill()  # and its lock with it
