@@ -73,5 +73,5 @@ def test_a_run_that_is_killed_and_goes_back_accounts_for_its_time(tiny, tmp_path
   found = train.run(c, str(tmp_path))['goodput']
   wall = found.pop('wall')
   assert sum(found.values()) == pytest.approx(wall, rel=0.01)
-  assert found['down'] == pytest.approx(0.5, abs=0.3)
+  assert 0.5 <= found['down'] < 10
   assert all(seconds > 0 for seconds in found.values()), found
