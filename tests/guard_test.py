@@ -334,10 +334,21 @@ def judging(tmp_path, roll_backs=(), saved=(), **checkpoint):
     # The second goes back over the first, whose batch is not met again.
     ([(8, 7, 6), (7, 8, 3)], 4, 9),
     ([(50, 49, 40), (43, 52, 20)], 21, 53),
+    ([(50, 49, 40), (30, 29, 20)], 21, 50),
   ],
 )
 def test_no_batch_that_led_back_is_met_again(tmp_path, roll_backs, step, batch):
   assert judging(tmp_path, roll_backs).batch(step) == batch
+
+
+def test_what_was_skipped_and_gone_back_over_is_made(tmp_path):
+  row = {'event': 'skip', 'batch': 0}
+  rows = [row | {'step': 35}, row | {'step': 45}]
+  rows += [{'event': 'roll_back', 'step': 50, 'batch': 49, 'to': 40}, row | {'step': 47}]
+  (tmp_path / 'events.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  made = guard.Guard(epath.Path(tmp_path), config.base().to_dict(), ['w'], list)
+  assert made.skipped() == {35, 47}
+  assert made.counts() == {'skip': 3, 'roll_back': 1}
 
 
 @pytest.mark.parametrize(
