@@ -236,8 +236,9 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, objective, at):
     train.run(c, str(tmp_path / 'broken'))
   monkeypatch.undo()
   # What a killed process was writing:
-  with (tmp_path / 'broken' / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 9, "train/lo')
+  for name in ('metrics', 'ledger'):
+    with (tmp_path / 'broken' / f'{name}.jsonl').open('a') as file:
+      file.write('{"step": 9, "')
   train.run(c, str(tmp_path / 'broken'))
   assert_same_run(tmp_path / 'straight', tmp_path / 'broken')
   results = [timeless_result(tmp_path / w) for w in ('straight', 'broken')]
