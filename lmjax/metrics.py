@@ -176,6 +176,8 @@ class Log:
 
     Raises what `accepts` does.
     """
+    if self._pending and self._pending[-1][0] % self._every == 0:
+      self.flush()  # it is due, and would otherwise be a part of the next line
     self._settle()
     return [[step, total, jax.tree.map(float, n)] for step, total, n in self._settled]
 

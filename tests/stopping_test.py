@@ -44,7 +44,7 @@ def straight(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ('number', 'step'), [(signal.SIGTERM, step) for step in (1, 4, 6, 9, 12)] + [(signal.SIGINT, 9)]
+  ('number', 'step'), [(signal.SIGTERM, step) for step in (1, 4, 5, 6, 12)] + [(signal.SIGINT, 9)]
 )
 def test_the_step_is_saved_and_the_run_goes_on(
   tiny, tmp_path, monkeypatch, straight, step, number, capfd
