@@ -24,7 +24,7 @@ from lmjax import command, config, record
 from lmjax.errors import UserError
 
 LIMIT = 1e-5  # relative, of the losses on other devices
-_EXPERIMENT = """import json, pathlib
+EXPERIMENT = """import json, pathlib
 from ml_collections import ConfigDict
 def get_config():
   return ConfigDict(json.loads(pathlib.Path(__file__).with_name('config.json').read_text()))
@@ -41,7 +41,7 @@ def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
   with tempfile.TemporaryDirectory(prefix='lmjax-check-') as scratch:
     at = pathlib.Path(scratch)
     (at / 'config.json').write_text(json.dumps(c))
-    (at / 'experiment.py').write_text(_EXPERIMENT)
+    (at / 'experiment.py').write_text(EXPERIMENT)
     run(at / 'straight')
     print(f'{steps} steps without a stop: state {record.final_state(at / "straight")}', flush=True)
     killed = 0
@@ -82,6 +82,9 @@ def _holds_elsewhere(at: pathlib.Path, exact: bool) -> bool:
     print(f'not looked at: how it goes on with another number of devices than {count} {kind}')
     return True
   killed = run(at / 'moved', len(record.lines(at / 'straight', 'ledger.jsonl')) // 2)
+  if not killed:
+    print('the run ended before it could be killed: give it more --steps')
+    return False
   run(at / 'moved', environment=environment)
   batches, losses = (
     [
@@ -115,7 +118,7 @@ def run(
   with workdir.with_suffix('.log').open('w+') as said:
     process = subprocess.Popen(arguments, stdout=said, stderr=said, env=variables)
     while process.poll() is None:
-      step = _logged(workdir) if _file(workdir) != before else 0  # of this start, not a former one
+      step = logged(workdir) if _file(workdir) != before else 0  # of this start, not a former one
       if kill_after and step >= kill_after:
         time.sleep(delay)
         process.kill()
@@ -133,7 +136,7 @@ def _file(workdir: pathlib.Path) -> int:
   return path.stat().st_ino if path.exists() else 0
 
 
-def _logged(workdir: pathlib.Path) -> int:
+def logged(workdir: pathlib.Path) -> int:
   """The last step of the metrics, which may be being written."""
   path = workdir / 'metrics.jsonl'
   return path.read_bytes().count(b'"train/loss"') if path.exists() else 0

@@ -53,6 +53,7 @@ def test_what_cannot_be_right(loss, gradient, count, deviations, taken, spike):
 
 @jax.custom_vjp
 def poisoned(x, where, poison):
+  """x, whose gradient has `poison` added in one place."""
   return x
 
 
@@ -60,6 +61,23 @@ poisoned.defvjp(
   lambda x, where, poison: (x, (where, poison)),
   lambda kept, g: (jnp.ravel(g).at[kept[0]].add(kept[1]).reshape(g.shape), None, None),
 )
+
+
+def infect(made) -> None:
+  """The batch says what is added to the loss and to the gradients."""
+  model = made.model
+
+  def apply(variables, batch, train, rngs=None):
+    batch = dict(batch)
+    to_loss, to_leaf, place = (batch.pop(key) for key in ('to_loss', 'to_leaf', 'place'))
+    leaves, tree = jax.tree.flatten(variables['params'])
+    leaves = [poisoned(x, place, to_leaf[i]) for i, x in enumerate(leaves)]
+    terms, numbers = model.apply({'params': tree.unflatten(leaves)}, batch, train=train, rngs=rngs)
+    return {
+      k: metrics.Mean(m.total + to_loss * m.weight, m.weight) for k, m in terms.items()
+    }, numbers
+
+  vars(made)['model'] = types.SimpleNamespace(apply=apply)
 
 
 @pytest.fixture(scope='module', params=[('clm', 'replicate'), ('mlm', 'fsdp')], ids='-'.join)
@@ -70,23 +88,13 @@ def ill(request, parts):
   made = parts(objective, **overrides, **{'guard.on_spike': 'skip', 'batch': 8})
   mesh, model = sharding.make_mesh(), made.model
 
-  def apply(variables, batch, train, rngs=None):
-    batch = dict(batch)
-    to_loss, to_leaf = batch.pop('to_loss'), batch.pop('to_leaf')
-    leaves, tree = jax.tree.flatten(variables['params'])
-    leaves = [poisoned(x, batch['place'], to_leaf[i]) for i, x in enumerate(leaves)]
-    batch.pop('place')
-    terms, numbers = model.apply({'params': tree.unflatten(leaves)}, batch, train=train, rngs=rngs)
-    terms = {k: metrics.Mean(m.total + to_loss * m.weight, m.weight) for k, m in terms.items()}
-    return terms, numbers
-
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     _, transform, make_state = train.init_state(made, mesh)
     state = make_state()
     rows = loader.Loader(made.examples('train'), 8, 0, made.rows(mesh)).batch(0)
     names = list(fingerprint.named(state.params))
     healthy = {'to_loss': np.float32(0), 'to_leaf': np.zeros(len(names), np.float32), 'place': 0}
-    vars(made)['model'] = types.SimpleNamespace(apply=apply)
+    infect(made)
     jitted = jax.jit(train.make_step(made, transform))
 
   def step(state, batch):

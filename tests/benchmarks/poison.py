@@ -10,51 +10,23 @@ ones between.
 import argparse
 import collections
 import json
-import os
 import pathlib
 import random
 import sys
 import tempfile
 import time
-import types
 
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from tests import conftest  # noqa: F401, first: it gives JAX eight devices
+
+# isort: split
 import jax
-import jax.numpy as jnp
 import numpy as np
 import trials
 
-from lmjax import experiment, fingerprint, metrics, sharding, train
+from lmjax import experiment, fingerprint, sharding, train
 from lmjax.data import loader
-
-
-@jax.custom_vjp
-def poisoned(x, where, poison):
-  """x, whose gradient has `poison` added in one place."""
-  return x
-
-
-poisoned.defvjp(
-  lambda x, where, poison: (x, (where, poison)),
-  lambda kept, g: (jnp.ravel(g).at[kept[0]].add(kept[1]).reshape(g.shape), None, None),
-)
-
-
-def infect(made: experiment.Experiment) -> None:
-  """The batch says what is added to the loss and to the gradients."""
-  model = made.model
-
-  def apply(variables, batch, train, rngs=None):
-    batch = dict(batch)
-    to_loss, to_leaf, place = (batch.pop(key) for key in ('to_loss', 'to_leaf', 'place'))
-    leaves, tree = jax.tree.flatten(variables['params'])
-    leaves = [poisoned(x, place, to_leaf[i]) for i, x in enumerate(leaves)]
-    terms, numbers = model.apply({'params': tree.unflatten(leaves)}, batch, train=train, rngs=rngs)
-    return {
-      k: metrics.Mean(m.total + to_loss * m.weight, m.weight) for k, m in terms.items()
-    }, numbers
-
-  vars(made)['model'] = types.SimpleNamespace(apply=apply)
+from tests.guard_test import infect
 
 
 def main() -> None:

@@ -22,12 +22,7 @@ import time
 import trials
 
 from lmjax import record
-
-EXPERIMENT = """import json, pathlib
-from ml_collections import ConfigDict
-def get_config():
-  return ConfigDict(json.loads(pathlib.Path(__file__).with_name('config.json').read_text()))
-"""
+from lmjax.check import EXPERIMENT, logged
 
 
 def free_port() -> int:
@@ -56,11 +51,6 @@ def begin(
         own = [sys.executable, '-c', crash.format(argv=own[4:], step=at)]
       running.append(subprocess.Popen(own, stdout=log, stderr=log, env=os.environ | flags))
   return running
-
-
-def logged(workdir: pathlib.Path) -> int:
-  path = workdir / 'metrics.jsonl'
-  return path.read_bytes().count(b'"train/loss"') if path.exists() else 0
 
 
 def main() -> None:
