@@ -1,5 +1,6 @@
 """JSON files: written whole or not at all, and read with care, since they may be anybody's."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -58,5 +59,15 @@ def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   scratch = path.parent / f'{path.name}.tmp'
   scratch.unlink(missing_ok=True)  # it may be a link
-  scratch.write_text(text)
+  with naming(path):
+    scratch.write_text(text)
   scratch.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path) -> Iterator[None]:
+  """An OSError in it says which file it was: those of writing to an open one do not."""
+  try:
+    yield
+  except OSError as e:
+    raise OSError(e.errno, e.strerror, str(path)) from e

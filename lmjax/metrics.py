@@ -87,12 +87,11 @@ class Log:
     before its checkpoint.
     """
     self._steps, self._every, self._cost, self._accepts = steps, options['every'], cost, accepts
-    self._files = {}
+    self._workdir, self._files = workdir, {}
     self._writes = processes.index() == 0
     for name in ('metrics', 'ledger') if self._writes else ():
-      path = workdir / f'{name}.jsonl'
-      _truncate(path, start, evaluated)
-      self._files[name] = path.open('a')
+      _truncate(self._path(name), start, evaluated)
+      self._files[name] = self._path(name).open('a')
     self._board = None
     if options['tensorboard'] and self._writes:
       import tensorboardX  # takes 0.2 s to import
@@ -113,8 +112,9 @@ class Log:
     return self
 
   def __exit__(self, *_: object) -> None:
-    for file in self._files.values():
-      file.close()
+    for name, file in self._files.items():
+      with jsonio.naming(self._path(name)):  # it tries again to write what it could not
+        file.close()
     if self._board:
       self._board.close()
     self._bar.close()
@@ -151,9 +151,8 @@ class Log:
     self._settled = []
     self.restart_clock()
     if self._writes:
-      for step, total in zip(steps, hashes, strict=True):
-        self._files['ledger'].write(json.dumps({'step': step, 'hash': f'{total:016x}'}) + '\n')
-      self._files['ledger'].flush()
+      totals = zip(steps, hashes, strict=True)
+      self._append('ledger', *({'step': step, 'hash': f'{x:016x}'} for step, x in totals))
     self._bar.update(len(steps))
     made = [n for n in numbers if n]
     values = {}
@@ -192,11 +191,19 @@ class Log:
       taken = found and self._accepts(step, found.pop('guard'))
       self._settled.append((step, total, found if taken else None))
 
+  def _path(self, name: str) -> epath.Path:
+    return self._workdir / f'{name}.jsonl'
+
+  def _append(self, name: str, *values: Mapping[str, Any]) -> None:
+    file = self._files[name]
+    with jsonio.naming(self._path(name)):
+      file.writelines(json.dumps(value) + '\n' for value in values)
+      file.flush()
+
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if not self._writes:
       return
-    self._files['metrics'].write(json.dumps({'step': step, **values}) + '\n')
-    self._files['metrics'].flush()
+    self._append('metrics', {'step': step, **values})
     if self._board:
       for key, value in values.items():
         self._board.add_scalar(key, value, step)

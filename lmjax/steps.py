@@ -122,7 +122,10 @@ class Steps:
     """Frees what a save or a deletion that did not come to its end has left."""
     for pattern in ('*.orbax-checkpoint-tmp*', '.deleting-*'):
       for path in self.directory.glob(pattern):
-        path.unlink() if os.path.islink(path) else path.rmtree()
+        try:
+          path.unlink() if os.path.islink(path) else path.rmtree()
+        except OSError as e:  # where nothing can be removed, nothing can be saved, which says more
+          self._warn(f'{path} could not be removed: {e}')
 
 
 # ------------------------------------------------------------------------------------- manifests

@@ -1,9 +1,11 @@
 """A disk that is full, or that fails, or another ledger: what is said, and what survives."""
 
 import collections
+import re
 import shutil
 
 import pytest
+from etils import epath
 
 from lmjax import metrics, train
 from lmjax.errors import Restart, StorageError, UserError
@@ -65,6 +67,35 @@ def test_without_the_last_checkpoint_a_run_is_not_done(
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4']
   train.run(c, str(tmp_path))
   assert_same_run(straight, tmp_path)
+
+
+def test_what_cannot_be_removed_does_not_hide_why_nothing_was_saved(
+  tiny, tmp_path, monkeypatch, capfd
+):
+  failing(monkeypatch, BROKEN[1], {3})
+
+  def read_only(path):
+    raise OSError(30, 'Read-only file system', 'process_0')  # the part of a path that rmtree knows
+
+  monkeypatch.setattr(epath.gpath.PosixGPath, 'rmtree', read_only)
+  with pytest.raises(StorageError, match=r'checkpoint 6 could not be saved in .*No space'):
+    train.run(tiny('clm', **{'checkpoint.every': 2, 'checkpoint.keep_last': 3}), str(tmp_path))
+  said = capfd.readouterr().err
+  assert re.search('6.orbax-checkpoint-tmp could not be removed: .*Read-only', said)
+
+
+@pytest.mark.parametrize('name', ['metrics', 'ledger'])
+def test_a_line_that_cannot_be_written_says_of_which_file(tiny, tmp_path, monkeypatch, name):
+  push = metrics.Log.push
+
+  def full(log, step, *rest):
+    if step == 4:
+      log._files[name] = epath.Path('/dev/full').open('a')
+    push(log, step, *rest)
+
+  monkeypatch.setattr(metrics.Log, 'push', full)
+  with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/{name}.jsonl'"):
+    train.run(tiny('clm'), str(tmp_path))
 
 
 def test_asked_to_stop_without_room_to_save_is_no_restart(tiny, tmp_path, monkeypatch):

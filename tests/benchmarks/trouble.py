@@ -43,6 +43,13 @@ def logged(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
     time.sleep(0.002)
 
 
+def reached(workdir: pathlib.Path, step: int, pid: int) -> None:
+  """Returns when a step is logged, or the process gone, which is still to be waited for."""
+  gone = lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+  while signals.logged(workdir) < step and not gone():
+    time.sleep(0.002)
+
+
 def say(log: str) -> str:
   """The last line that is ours, with what differs from try to try left out."""
   lines = [line for line in log.splitlines() if line.startswith('lmjax: ')]
@@ -102,46 +109,54 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
 # ----------------------------------------------------------------------------------------- storage
 
 
+FOR_A_WHILE = 'full for a while, but for the log'
+
+
 def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
   disk = root / 'disk'
   disk.mkdir()
   c = trials.experiment('gpt', root, **{'model.dim': 64, 'steps': 60, 'checkpoint.every': 10})
   assert trials.wait(trials.start(c, root / 'straight')) == 0
   workdir = disk / 'run'
-  mount = lambda *options: subprocess.run(['mount', '-t', 'tmpfs', *options, str(disk)], check=True)
+  checkpoints = str(workdir / 'checkpoints')
+  call = lambda *words: subprocess.run(words, check=True)
 
-  def fill():
-    with open(disk / 'filler', 'wb', buffering=0) as file, contextlib.suppress(OSError):
-      while file.write(b'x' * 4096):
-        continue
+  def fill(spare=0):
+    with open(disk / 'filler', 'wb', buffering=0) as file:
+      with contextlib.suppress(OSError):
+        while file.write(b'x' * 4096):
+          continue
+      file.truncate(file.tell() - spare)
+
+  def read_only():  # no disk becomes so while its files are open, but a second name for it does
+    call('mount', '--bind', checkpoints, checkpoints)
+    call('mount', '-o', 'remount,bind,ro', checkpoints)
 
   harm = {
-    'full for a while': fill,
+    FOR_A_WHILE: lambda: fill(spare=200_000),
     'full to the end': fill,
-    'read-only from a step on': lambda: mount('-o', 'remount,ro', 'tmpfs'),
+    'read-only from a step on': read_only,
     'directory removed': lambda: shutil.rmtree(workdir / 'checkpoints'),
   }
   rows = {}
   for kind, act in harm.items():
     told, wrong = collections.Counter(), []
     for i in range(tries):
-      mount('-o', 'size=64m', 'tmpfs')
+      call('mount', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', str(disk))
       pid = trials.start(c, root / 'on', workdir=workdir)
       at = chance.randint(11, 40)
-      while signals.logged(workdir) < at:
-        time.sleep(0.002)
+      reached(workdir, at, pid)
       act()
-      if kind == 'full for a while':
-        while signals.logged(workdir) < at + 12:
-          time.sleep(0.002)
+      if kind == FOR_A_WHILE:
+        reached(workdir, at + 12, pid)
         (disk / 'filler').unlink()
       code = trials.wait(pid)
       text = (root / 'on.log').read_text()
       told[f'{code}: {say(text)}'] += 1
       if kind == 'read-only from a step on':
-        mount('-o', 'remount,rw', 'tmpfs')
+        call('umount', checkpoints)
       (disk / 'filler').unlink(missing_ok=True)
-      expected = {'full for a while': (0,), 'directory removed': (0, 74)}.get(kind, (74,))
+      expected = {FOR_A_WHILE: (0,), 'directory removed': (0, 74)}.get(kind, (74,))
       if code not in expected:
         wrong.append([i, code, text[-400:]])
       there = trials.committed(workdir)
@@ -154,7 +169,7 @@ def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
         wrong += [[i, line] for line in trials.differences(root / 'straight', workdir)]
       left = [p.name for p in (workdir / 'checkpoints').glob('*tmp*')] if workdir.exists() else []
       wrong += [[i, left]] if left else []
-      subprocess.run(['umount', str(disk)], check=True)
+      call('umount', str(disk))
       (root / 'on.log').unlink()
     rows[kind] = {'told': dict(told), 'wrong': wrong}
   return rows
