@@ -1,4 +1,5 @@
-"""How a run is asked to stop, and by whom: SIGTERM or SIGINT, to one or to any of its processes.
+"""How a run is asked to stop, and by whom: SIGTERM or SIGINT, to one or to any of its processes,
+or Google's notice that it takes the machine of a TPU away.
 
 All processes stop after the same step.  The one that is asked says so to process 0, which asks all
 how far they are; these wait there until they hear which step is the last.
@@ -6,6 +7,7 @@ how far they are; these wait there until they hear which step is the last.
 
 import contextlib
 import faulthandler
+import http.client
 import os
 import signal
 import socket
@@ -13,12 +15,16 @@ import statistics
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from lmjax import processes
 from lmjax.errors import Restart
 
+RETRY = 60.0  # seconds until a metadata server that has not answered is asked again
 PATIENCE = 60.0  # seconds without a step, at least, before a run is taken for stuck
 
 
@@ -29,7 +35,7 @@ class Stop(contextlib.AbstractContextManager):
   """
 
   def __init__(self):
-    self._changed = threading.Condition()
+    self._changed, self._left = threading.Condition(), threading.Event()
     self._begun = self._waiting = False
     self._tick, self._last = 0, None
     self._count, self._name = 0, ''
@@ -55,6 +61,7 @@ class Stop(contextlib.AbstractContextManager):
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._left.set()
     if self._former:
       signal.set_wakeup_fd(self._former_fd)
       for number, handler in self._former.items():
@@ -67,6 +74,8 @@ class Stop(contextlib.AbstractContextManager):
     """From here on there is something to save.  All processes have come here before any goes on."""
     if self._former and not self._begun:
       self._former[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    if not self._begun and jax.default_backend() == 'tpu':
+      threading.Thread(target=self._await_notice, name='preemption', daemon=True).start()
     self._begun = True
     processes.wait()
 
@@ -101,6 +110,25 @@ class Stop(contextlib.AbstractContextManager):
       if self._count > 2:
         _say(f'{name} for the third time: leaving at once, without what is not saved yet')
         os._exit(Restart.exit_code)
+
+  def _await_notice(self) -> None:
+    """Asks the machine's metadata server, which answers when that changes or a minute is over."""
+    host = os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal')
+    url = f'http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=60'
+    request = urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while not self._left.is_set():
+      noticed, pause = False, 1.0
+      try:
+        with direct.open(request, timeout=90) as answer:
+          noticed = answer.read(16).strip() == b'TRUE'
+      except (OSError, http.client.HTTPException):
+        pause = RETRY  # without an answer there is still the signal, a little later
+      if noticed and not self._left.is_set():
+        _say('this machine is to be taken away: stopping after this step, which will be saved')
+        self._ask('a preemption notice')
+        return
+      self._left.wait(pause)
 
   def _ask(self, name: str) -> None:
     if processes.index():

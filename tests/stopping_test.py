@@ -1,11 +1,14 @@
 """A run that is asked to stop saves its step, says so, and goes on as if nothing had been."""
 
+import http.server
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
@@ -64,6 +67,41 @@ def test_the_step_is_saved_and_the_run_goes_on(
   monkeypatch.undo()
   train.run(c, str(tmp_path))
   assert f'resuming at step {step} of 12' in capfd.readouterr().out
+  assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize('at_first', ['500', 'FALSE'])
+def test_a_notice_of_preemption_is_heard(tiny, tmp_path, monkeypatch, straight, at_first, capfd):
+  """As Google's metadata server on the machine of a TPU gives it, which may not answer at first."""
+  c, heard, asked = tiny('clm', **ASKED, **{'model.dropout': 0.1}), threading.Event(), []
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    log_message = lambda *_: None
+
+    def do_GET(self):
+      asked.append((self.path, self.headers['Metadata-Flavor']))
+      first = len(asked) == 1
+      self.send_response(500 if first and at_first == '500' else 200)
+      self.end_headers()
+      self.wfile.write(b'FALSE' if first else b'TRUE')
+
+  server = http.server.ThreadingHTTPServer(('localhost', 0), Server)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  ask = stopping.Stop._ask
+  monkeypatch.setenv('GCE_METADATA_HOST', f'localhost:{server.server_port}')
+  monkeypatch.setattr(stopping, 'jax', types.SimpleNamespace(default_backend=lambda: 'tpu'))
+  monkeypatch.setattr(stopping.Stop, '_ask', lambda self, name: (ask(self, name), heard.set()))
+  monkeypatch.setattr(stopping, 'RETRY', 0.1)
+  after(monkeypatch, metrics.Log, 'push', 3, lambda: heard.wait(30))  # if not before
+  with pytest.raises(Restart, match=r'stopped by a preemption notice after step \d+ of 12'):
+    train.run(c, str(tmp_path))
+  server.shutdown()
+  server.server_close()
+  path = '/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=60'
+  assert asked == [(path, 'Google')] * 2
+  assert 'this machine is to be taken away: stopping after this' in capfd.readouterr().err
+  monkeypatch.undo()
+  train.run(c, str(tmp_path))
   assert_same_run(straight, tmp_path)
 
 
