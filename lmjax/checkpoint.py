@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from lmjax import fingerprint, processes, steps
+from lmjax import fingerprint, offload, processes, steps
 from lmjax.errors import StorageError, UserError
 from lmjax.steps import Damaged, Steps
 
@@ -67,9 +67,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._steps = Steps(self.directory, read_only, warn)
     logging.getLogger('absl').addFilter(_no_chatter)
     logging.getLogger('asyncio').addFilter(_no_chatter)  # pages of failed reads
-    # Directories are made at once: where that fails in the background, threads wait for them.
-    options = {'async_options': ocp.AsyncOptions(create_directories_asynchronously=False)}
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), **options)
+    # With names of processes, Orbax has them meet without the devices, which others use meanwhile.
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    options = ocp.CompositeOptions(multiprocessing_options=everyone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=everyone)
     self._background = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._saving: concurrent.futures.Future | None = None
 
@@ -81,25 +83,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     Waits for the save before it. `metrics` are what `keep_best` chooses by.
 
     Raises:
-      StorageError: it cannot be written, or the one before it could not.
+      StorageError: the one before it could not be written.
     """
     assert not self._read_only
     self.wait()
-    assert step not in self.steps()
     arrays = {name: steps.plain(x) for name, x in fingerprint.named(state).items()}
+    copies = offload.copied(arrays)
     # Made here: what is no JSON must not fail, nor change, in another thread.
     manifest = steps.manifest(step, meta, metrics or {}, arrays, fingerprint.of(arrays))
-    args = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
-      meta=ocp.args.JsonSave(manifest),
-    )
-    if processes.index() == 0 and self._steps.path(step).exists():
-      self._steps.set_aside(str(step), 'it has no manifest')
-    try:
-      self._checkpointer.save(self._steps.path(step), args=args)
-    except OSError as e:
-      raise self._not_saved(step, e) from e
-    self._saving = self._background.submit(self._finish, step)
+    self._saving = self._background.submit(self._write, jax.block_until_ready(copies), manifest)
 
   def restore(
     self, like: Any, step: int | None = None, *, cast: bool = False
@@ -274,10 +266,18 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   # ------------------------------------------------------------------------------------- writing
 
-  def _finish(self, step: int) -> None:
-    """In the background: waits for the commit and deletes what it supersedes."""
+  def _write(self, arrays: dict[str, jax.Array], manifest: dict[str, Any]) -> None:
+    """In the background: saves a step and deletes what it supersedes."""
+    step = manifest['step']
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
+      meta=ocp.args.JsonSave(manifest),
+    )
+    assert step not in self.steps()
     try:
-      self._checkpointer.wait_until_finished()
+      if processes.index() == 0:
+        self._steps.tidy()  # threads of a save that failed may have written on
+      self._checkpointer.save(self._steps.path(step), args=args)
     except Exception as e:
       raise self._not_saved(step, e) from e
     if processes.index() == 0:

@@ -37,10 +37,14 @@ class Steps:
     self.directory, self._read_only, self._warn = directory, read_only, warn
     if not read_only and processes.index() == 0:
       directory.mkdir(parents=True, exist_ok=True)
-      self.remove_unfinished()
-      for path in directory.iterdir():
-        if _is_step(path.name) and not _is_whole(path):
-          self.set_aside(path.name, 'it has no manifest')
+      self.tidy()
+
+  def tidy(self) -> None:
+    """Removes what is unfinished, and sets aside what only looks like a step."""
+    self.remove_unfinished()
+    for path in self.directory.iterdir():
+      if _is_step(path.name) and not _is_whole(path):
+        self.set_aside(path.name, 'it has no manifest')
 
   def path(self, step: int) -> epath.Path:
     return self.directory / str(step)

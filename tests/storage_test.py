@@ -14,7 +14,7 @@ from tests.stopping_test import after, signalled
 from tests.train_test import assert_same_run, lines, timeless_result
 
 # At once, as where no directory can be made, and in the background, as where data are written.
-BROKEN = ('AsyncCheckpointer.save', 'PyTreeCheckpointHandler.finalize')
+BROKEN = ('Checkpointer.save', 'PyTreeCheckpointHandler.finalize')
 
 
 def failing(patch, name: str, calls: set[int]) -> None:
