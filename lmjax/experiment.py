@@ -227,9 +227,13 @@ def keep_programs(config: Mapping[str, Any], of: epath.Path | None = None) -> No
   if '://' not in str(directory):
     os.makedirs(directory, mode=0o700, exist_ok=True)
     about, place = os.stat(directory), pathlib.Path(os.path.realpath(directory))
-    foreign = about.st_uid != os.getuid() or about.st_mode & 0o022
-    if foreign or (of and place.is_relative_to(os.path.realpath(of))):
-      print(f'the programs in {directory} are not used: others may have put them there', flush=True)
+    reasons = {
+      'it belongs to another user': about.st_uid != os.getuid(),
+      f'others can write to it (chmod go-w {directory})': about.st_mode & 0o022,
+      'it lies in the directory of the run': of and place.is_relative_to(os.path.realpath(of)),
+    }
+    if why := next((why for why, true in reasons.items() if true), ''):
+      print(f'no compiled programs are kept in {directory}: {why}', flush=True)
       return
   jax.config.update('jax_compilation_cache_dir', str(directory))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

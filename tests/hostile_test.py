@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import sys
 
+import jax
 import pytest
 
-from lmjax import train
+from lmjax import experiment, train
 from lmjax.data.pieces import fingerprint_of
 from lmjax.steps import _digest
 from tests.processes_test import spawn
@@ -287,3 +289,27 @@ def test_nothing_of_it_is_run(told, name):
 
 if __name__ == '__main__':
   look(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+
+
+@pytest.mark.parametrize(
+  ('mode', 'owner', 'of', 'why'),
+  [
+    (0o700, 0, '', ''),
+    (0o755, 0, 'elsewhere', ''),
+    (0o775, 0, '', r'others can write to it \(chmod go-w .*/xla\)'),
+    (0o757, 0, '', 'others can write to it'),
+    (0o700, 1, '', 'it belongs to another user'),
+    (0o700, 0, 'cache', 'it lies in the directory of the run'),
+  ],
+)
+def test_programs_of_others_are_not_run(tmp_path, monkeypatch, capsys, mode, owner, of, why):
+  kept = []
+  programs = tmp_path / 'cache' / 'xla'
+  programs.mkdir(parents=True)
+  programs.chmod(mode)
+  monkeypatch.setattr(jax.config, 'update', lambda key, value: kept.append(value))
+  monkeypatch.setattr(os, 'getuid', lambda: programs.stat().st_uid + owner)
+  experiment.keep_programs({'cache': str(tmp_path / 'cache')}, tmp_path / of if of else None)
+  assert kept == ([] if why else [str(programs), 0])
+  said = f'no compiled programs are kept in {programs}: {why}.*\n' if why else ''
+  assert re.fullmatch(said, capsys.readouterr().out)
