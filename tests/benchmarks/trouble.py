@@ -103,6 +103,7 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
       for log in root.glob('run.*.log'):
         log.unlink()
     rows[kind] = {'told': dict(told), 'seconds, most': round(max(seconds), 1), 'wrong': wrong}
+    print(kind, rows[kind], file=sys.stderr, flush=True)
   return rows
 
 
@@ -130,7 +131,10 @@ def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
 
   def read_only():  # no disk becomes so while its files are open, but a second name for it does
     call('mount', '--bind', checkpoints, checkpoints)
-    call('mount', '-o', 'remount,bind,ro', checkpoints)
+    while subprocess.run(
+      ['mount', '-o', 'remount,bind,ro', checkpoints], stderr=subprocess.DEVNULL
+    ).returncode:
+      time.sleep(0.05)  # a file was open under the new name already
 
   harm = {
     FOR_A_WHILE: lambda: fill(spare=200_000),
@@ -172,6 +176,7 @@ def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
       call('umount', str(disk))
       (root / 'on.log').unlink()
     rows[kind] = {'told': dict(told), 'wrong': wrong}
+    print(kind, rows[kind], file=sys.stderr, flush=True)
   return rows
 
 
