@@ -9,7 +9,6 @@ has the fingerprints that it says; any other is set aside in `quarantine/`.
 
 import concurrent.futures
 import contextlib
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +21,6 @@ from flax import traverse_util
 from lmjax import fingerprint, offload, processes, steps
 from lmjax.errors import StorageError, UserError
 from lmjax.steps import Damaged, Steps
-
-
-def _no_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno > logging.ERROR or 'orbax' not in record.pathname + record.getMessage()
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -65,8 +60,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep_last, self._keep_every, self._regular = keep_last, keep_every, regular
     self._keep_best, self._read_only = keep_best, read_only
     self._steps = Steps(self.directory, read_only, warn)
-    logging.getLogger('absl').addFilter(_no_chatter)
-    logging.getLogger('asyncio').addFilter(_no_chatter)  # pages of failed reads
+    steps.hush()
     # With names of processes, Orbax has them meet without the devices, which others use meanwhile.
     everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     options = ocp.CompositeOptions(multiprocessing_options=everyone)

@@ -3,8 +3,10 @@
 Beside the arrays of a step lies its manifest, by which one knows whether they are whole.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -28,6 +30,21 @@ class Damaged(Exception):
 
 def warn(text: str) -> None:
   print(f'lmjax: {text}', file=sys.stderr, flush=True)
+
+
+@functools.cache
+def hush() -> None:
+  """Keeps pages of Orbax from the user, who is told in a sentence what has failed."""
+  logging.getLogger('absl').addFilter(_no_chatter)
+  logging.getLogger('asyncio').addFilter(_no_chatter)  # of failed reads
+  usual = sys.unraisablehook
+  # Of a failed save, threads that come late to the loop that has waited for them.
+  late = lambda e: isinstance(e, RuntimeError) and str(e) == 'Event loop is closed'
+  sys.unraisablehook = lambda about: None if late(about.exc_value) else usual(about)
+
+
+def _no_chatter(record: logging.LogRecord) -> bool:
+  return record.levelno > logging.ERROR or 'orbax' not in record.pathname + record.getMessage()
 
 
 class Steps:

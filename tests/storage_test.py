@@ -3,11 +3,13 @@
 import collections
 import re
 import shutil
+import sys
+import types
 
 import pytest
 from etils import epath
 
-from lmjax import metrics, train
+from lmjax import metrics, steps, train
 from lmjax.errors import Restart, StorageError, UserError
 from tests.processes_test import spawn
 from tests.stopping_test import after, signalled
@@ -82,6 +84,19 @@ def test_what_cannot_be_removed_does_not_hide_why_nothing_was_saved(
     train.run(tiny('clm', **{'checkpoint.every': 2, 'checkpoint.keep_last': 3}), str(tmp_path))
   said = capfd.readouterr().err
   assert re.search('6.orbax-checkpoint-tmp could not be removed: .*Read-only', said)
+
+
+def test_threads_that_come_late_to_a_failed_save_are_not_heard(monkeypatch):
+  heard = []
+  monkeypatch.setattr(sys, 'unraisablehook', heard.append)
+  steps.hush.__wrapped__()
+  abouts = [
+    types.SimpleNamespace(exc_value=e)
+    for e in (RuntimeError('Event loop is closed'), RuntimeError('another'), None)
+  ]
+  for about in abouts:
+    sys.unraisablehook(about)
+  assert heard == abouts[1:]
 
 
 @pytest.mark.parametrize('name', ['metrics', 'ledger'])

@@ -160,7 +160,7 @@ def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
       if kind == 'read-only from a step on':
         call('umount', checkpoints)
       (disk / 'filler').unlink(missing_ok=True)
-      expected = {FOR_A_WHILE: (0,), 'directory removed': (0, 74)}.get(kind, (74,))
+      expected = {FOR_A_WHILE: (0, 74), 'directory removed': (0, 74)}.get(kind, (74,))
       if code not in expected:
         wrong.append([i, code, text[-400:]])
       there = trials.committed(workdir)
