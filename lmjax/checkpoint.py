@@ -14,11 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
-from flax import traverse_util
 
-from lmjax import fingerprint, offload, processes, steps
+from lmjax import disk, fingerprint, offload, processes, steps
 from lmjax.errors import StorageError, UserError
 from lmjax.steps import Damaged, Steps
 
@@ -60,12 +58,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep_last, self._keep_every, self._regular = keep_last, keep_every, regular
     self._keep_best, self._read_only = keep_best, read_only
     self._steps = Steps(self.directory, read_only, warn)
-    steps.hush()
-    # With names of processes, Orbax has them meet without the devices, which others use meanwhile.
-    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    options = ocp.CompositeOptions(multiprocessing_options=everyone)
-    handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=everyone)
+    disk.hush()
+    self._saves = 0
     self._background = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._saving: concurrent.futures.Future | None = None
 
@@ -82,10 +76,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     assert not self._read_only
     self.wait()
     arrays = {name: steps.plain(x) for name, x in fingerprint.named(state).items()}
+    if empty := [name for name, x in arrays.items() if not x.size]:
+      raise ValueError(f'{empty[0]} has no elements, and Orbax saves no such array')
     copies = offload.copied(arrays)
     # Made here: what is no JSON must not fail, nor change, in another thread.
     manifest = steps.manifest(step, meta, metrics or {}, arrays, fingerprint.of(arrays))
-    self._saving = self._background.submit(self._write, jax.block_until_ready(copies), manifest)
+    jax.block_until_ready(copies)
+    self._saves += 1
+    self._saving = self._background.submit(self._write, copies, manifest, self._saves)
 
   def restore(
     self, like: Any, step: int | None = None, *, cast: bool = False
@@ -181,7 +179,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       # Where one process could not save its part, no process has saved.
       reasons = processes.share([r for r in processes.collect(self._outcome()) or () if r])
       if reasons:
-        raise StorageError(reasons[0])
+        raise StorageError(min(reasons, key=lambda reason: 'arrier' in reason))  # the cause first
 
   def _outcome(self) -> str:
     """When the save under way has come to its end: why it failed, or ''."""
@@ -204,7 +202,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         raise StorageError(why)
     finally:
       self._background.shutdown()
-      self._checkpointer.close()
 
   def __exit__(self, *exception: object) -> None:
     self.close()
@@ -223,7 +220,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def _read(self, step: int, path: str, like: Any, cast: bool) -> tuple[int, Any, dict]:
     """Raises Damaged, at all processes; what does not fit is a UserError."""
-    manifest = self._steps.manifest(step)
+    manifest = self._everyones_manifest(step)
+    tree = jax.tree.structure(like)
     wanted = {'/'.join(filter(None, (path, k))): x for k, x in fingerprint.named(like).items()}
     plain = {name: steps.plain(x) for name, x in wanted.items()}
     stored = steps.structure(manifest)
@@ -232,46 +230,40 @@ class Checkpoints(contextlib.AbstractContextManager):
     if problems := steps.differences(plain, stored, any_dtype=cast):
       problems[3:] = [f'and {len(problems) - 3} more'] if problems[3:] else []
       raise UserError(f'checkpoint {self._steps.path(step)} does not fit: {"; ".join(problems)}')
-    found = self._arrays(step, {k: x.update(dtype=stored[k].dtype) for k, x in plain.items()})
+    like = {name: x.update(dtype=stored[name].dtype) for name, x in plain.items()}
+    found = disk.read(self._steps.path(step), like)
     prints = fingerprint.of(found)
     wrong = [name for name in wanted if prints[name] != manifest['arrays'][name][2]]
-    if wrong:
+    # What one process alone holds, it alone has looked at.
+    if wrong := processes.share(max(processes.collect(wrong) or [[]], key=len)):
       more = f' and {len(wrong) - 1} more' if wrong[1:] else ''
       raise Damaged(f'{wrong[0]}{more}: not what was saved')
     arrays = [steps.typed(found[name], x) for name, x in wanted.items()]
-    return step, jax.tree.unflatten(jax.tree.structure(like), arrays), manifest['meta']
+    return step, jax.tree.unflatten(tree, arrays), manifest['meta']
 
-  def _arrays(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-    item = traverse_util.unflatten_dict(wanted, sep='/')
-    how = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-    why, found = '', {}
-    try:
-      found = ocp.PyTreeCheckpointHandler().restore(self._steps.path(step) / 'state', args=args)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here, which is not its fault
-      raise
-    except Exception as e:  # whatever Orbax and TensorStore make of a broken file
-      why = _first_line(e)
-    # One process may be able to read its part where another is not.
-    reasons = processes.share([r for r in processes.collect(why) or () if r])
-    if reasons:
-      raise Damaged(f'its arrays cannot be read: {reasons[0]}')
-    return traverse_util.flatten_dict(found, sep='/')
+  def _everyones_manifest(self, step: int) -> dict[str, Any]:
+    """As process 0 has read it: all take, or pass over, the same step."""
+    manifest, error, why = None, '', ''
+    if processes.index() == 0:
+      try:
+        manifest = self._steps.manifest(step)
+      except (Damaged, UserError) as e:
+        error, why = type(e).__name__, str(e)
+    manifest, error, why = processes.share([manifest, error, why])
+    if error:
+      raise {'Damaged': Damaged, 'UserError': UserError}[error](why)
+    return manifest
 
   # ------------------------------------------------------------------------------------- writing
 
-  def _write(self, arrays: dict[str, jax.Array], manifest: dict[str, Any]) -> None:
+  def _write(self, arrays: dict[str, jax.Array], manifest: dict[str, Any], attempt: int) -> None:
     """In the background: saves a step and deletes what it supersedes."""
     step = manifest['step']
-    args = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
-      meta=ocp.args.JsonSave(manifest),
-    )
     assert step not in self.steps()
     try:
       if processes.index() == 0:
         self._steps.tidy()  # threads of a save that failed may have written on
-      self._checkpointer.save(self._steps.path(step), args=args)
+      disk.write(self._steps.path(step), arrays, manifest, attempt)
     except Exception as e:
       raise self._not_saved(step, e) from e
     if processes.index() == 0:
@@ -286,9 +278,5 @@ class Checkpoints(contextlib.AbstractContextManager):
     if processes.index() == 0:
       self._steps.remove_unfinished()  # the disk may be full of it
     return StorageError(
-      f'checkpoint {step} could not be saved in {self.directory}: {_first_line(error)}'
+      f'checkpoint {step} could not be saved in {self.directory}: {disk.first_line(error)}'
     )
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,15 +61,59 @@ def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   scratch = path.parent / f'{path.name}.tmp'
   scratch.unlink(missing_ok=True)  # it may be a link
-  with naming(path):
+  with _naming(path):
     scratch.write_text(text)
   scratch.replace(path)
 
 
+class Lines:
+  """A file of objects, one a line, that is added to.
+
+  In a bucket nothing is added to a file: there the whole is written again, now and then.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path, self._bucket, self._text = path, '://' in str(path), ''
+    self._written, self._took = time.monotonic(), 0.0
+    if self._bucket:
+      self._text = path.read_text() if path.exists() else ''
+      return
+    if os.path.islink(path):
+      path.unlink()  # nothing is written to where it leads
+    self._file = path.open('a')
+
+  def add(self, *values: Any) -> None:
+    text = ''.join(json.dumps(value) + '\n' for value in values)
+    if not self._bucket:
+      with _naming(self._path):
+        self._file.write(text)
+        self._file.flush()
+      return
+    self._text += text
+    if time.monotonic() - self._written > max(60, 50 * self._took):
+      self.sync()
+
+  def sync(self) -> None:
+    """Returns when all that was added is in the file."""
+    if self._bucket:
+      began = time.monotonic()
+      write_text(self._path, self._text)
+      self._written = time.monotonic()
+      self._took = self._written - began
+
+  def close(self) -> None:
+    self.sync()
+    if not self._bucket:
+      with _naming(self._path):  # it tries again to write what it could not
+        self._file.close()
+
+
 @contextlib.contextmanager
-def naming(path: epath.Path) -> Iterator[None]:
+def _naming(path: epath.Path) -> Iterator[None]:
   """An OSError in it says which file it was: those of writing to an open one do not."""
   try:
     yield
   except OSError as e:
+    if e.errno is None:  # of a bucket, which says it
+      raise
     raise OSError(e.errno, e.strerror, str(path)) from e

@@ -1,7 +1,6 @@
 """Numbers on their way out: sums with weights, floating-point work, and where they are written."""
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -87,11 +86,12 @@ class Log:
     before its checkpoint.
     """
     self._steps, self._every, self._cost, self._accepts = steps, options['every'], cost, accepts
-    self._workdir, self._files = workdir, {}
+    self._files: dict[str, jsonio.Lines] = {}
     self._writes = processes.index() == 0
     for name in ('metrics', 'ledger') if self._writes else ():
-      _truncate(self._path(name), start, evaluated)
-      self._files[name] = self._path(name).open('a')
+      path = workdir / f'{name}.jsonl'
+      _truncate(path, start, evaluated)
+      self._files[name] = jsonio.Lines(path)
     self._board = None
     if options['tensorboard'] and self._writes:
       import tensorboardX  # takes 0.2 s to import
@@ -112,9 +112,8 @@ class Log:
     return self
 
   def __exit__(self, *_: object) -> None:
-    for name, file in self._files.items():
-      with jsonio.naming(self._path(name)):  # it tries again to write what it could not
-        file.close()
+    for file in self._files.values():
+      file.close()
     if self._board:
       self._board.close()
     self._bar.close()
@@ -152,7 +151,7 @@ class Log:
     self.restart_clock()
     if self._writes:
       totals = zip(steps, hashes, strict=True)
-      self._append('ledger', *({'step': step, 'hash': f'{x:016x}'} for step, x in totals))
+      self._files['ledger'].add(*({'step': step, 'hash': f'{x:016x}'} for step, x in totals))
     self._bar.update(len(steps))
     made = [n for n in numbers if n]
     values = {}
@@ -169,6 +168,11 @@ class Log:
     if not math.isnan(self._cost['peak']):
       values['perf/mfu'] = rate * self._cost['flops'] / self._cost['peak']
     self.write(steps[-1], values)
+
+  def sync(self) -> None:
+    """Returns when the files hold what was written, as they must before a checkpoint is saved."""
+    for file in self._files.values():
+      file.sync()
 
   def hold(self) -> list[Any]:
     """What is not due to be written yet, in JSON, so that a run taken up here writes it when it is.
@@ -191,19 +195,10 @@ class Log:
       taken = found and self._accepts(step, found.pop('guard'))
       self._settled.append((step, total, found if taken else None))
 
-  def _path(self, name: str) -> epath.Path:
-    return self._workdir / f'{name}.jsonl'
-
-  def _append(self, name: str, *values: Mapping[str, Any]) -> None:
-    file = self._files[name]
-    with jsonio.naming(self._path(name)):
-      file.writelines(json.dumps(value) + '\n' for value in values)
-      file.flush()
-
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if not self._writes:
       return
-    self._append('metrics', {'step': step, **values})
+    self._files['metrics'].add({'step': step, **values})
     if self._board:
       for key, value in values.items():
         self._board.add_scalar(key, value, step)

@@ -6,9 +6,15 @@ its own, so that no element travels twice and all links work.
 
 import functools
 import math
+import os
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+
+def allow() -> None:
+  """Lets GPUs copy more than XLA's 64 GiB at a time; to be called before a device is used."""
+  os.environ.setdefault('XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB', str(1 << 20))
 
 
 def copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -106,12 +106,13 @@ def diff(first: str, second: str) -> Iterator[str]:
     x, y = next(pair for pair in itertools.zip_longest(*decided) if pair[0] != pair[1])
     yield f'event: the first that differs is {x} | {y}'
   ledgers = [lines(run, 'ledger.jsonl') for run in runs]
-  yield from _first_difference('ledger', ledgers, lambda line: line['hash'])
+  whole = all(map(final_state, runs))  # of a run that is at work, the rest is still to come
+  yield from _first_difference('ledger', ledgers, whole)
   if len({tuple(c.get(key, {}).get('every') for key in _CADENCES) for c in configs}) > 1:
     yield f'loss: not compared: the means are over other steps ({", ".join(_CADENCES)}: every)'
   else:
     metrics = [lines(run, 'metrics.jsonl') for run in runs]
-    yield from _first_difference('loss', metrics, lambda line: line.get('train/loss'))
+    yield from _first_difference('loss', metrics, whole)
   x, y = map(final_state, runs)
   if x and y and x != y:
     yield f'state: the fingerprints at the end are {x} | {y}'
@@ -130,11 +131,26 @@ def verdict(first: str, second: str) -> str:
   return 'the runs differ in nothing that was recorded'
 
 
-def _first_difference(what: str, runs: list[list[dict]], value) -> Iterator[str]:
-  a, b = ({line['step']: value(line) for line in run if value(line) is not None} for run in runs)
-  steps = [step for step in sorted(a.keys() & b.keys()) if a[step] != b[step]]
-  if steps:
-    yield f'{what}: first differs at step {steps[0]}: {a[steps[0]]} | {b[steps[0]]}'
+def _first_difference(what: str, runs: list[list[dict]], whole: bool) -> Iterator[str]:
+  """Line for line and number for number, in order: none may be missing, and none there twice."""
+  numbers = (
+    [
+      (line['step'], key, value)
+      for line in run
+      for key, value in sorted(line.items())
+      if key != 'step' and not key.startswith('perf/')
+    ]
+    for run in runs
+  )
+  pairs = itertools.zip_longest(*numbers) if whole else zip(*numbers, strict=False)
+  for a, b in pairs:
+    if a != b:
+      if a and b and a[:2] == b[:2]:
+        yield f'{what}: first differs at step {a[0]}: {a[1]} {a[2]} | {b[2]}'
+      else:
+        x, y = (f'{n[1]} of step {n[0]}' if n else 'nothing more' for n in (a, b))
+        yield f'{what}: not the same lines: {x} | {y}'
+      return
 
 
 def read(directory: epath.PathLike, name: str) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class Saving(contextlib.AbstractContextManager):
       raise UserError(f'{there} holds something, and {path} no run of ours: choose another workdir')
     self._checkpoints = Checkpoints(there, regular=c['every'], **keep)
 
-  def __exit__(self, *_: object) -> None:
-    self._checkpoints.close()
+  def __exit__(self, kind: object, *_: object) -> None:
+    with _outlived('') if kind else contextlib.nullcontext():  # the first error is what is told
+      self._checkpoints.close()
 
   def restore(
     self, like: Any, judge: guard.Guard, fetch: Callable[[int], int]
@@ -76,10 +77,9 @@ class Saving(contextlib.AbstractContextManager):
     self._last = time.monotonic()
     with _outlived():
       self._checkpoints.wait()
-    with contextlib.nullcontext() if last else _outlived():
-      self._checkpoints.save(step, state, {**self._about, **meta}, values)
-      if last:
-        self._checkpoints.wait()
+    self._checkpoints.save(step, state, {**self._about, **meta}, values)
+    if last:
+      self._checkpoints.wait()
 
   def steps(self) -> list[int]:
     """Those that are committed when the one under way is."""
@@ -89,9 +89,9 @@ class Saving(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _outlived() -> Iterator[None]:
+def _outlived(then: str = '; training goes on') -> Iterator[None]:
   try:
     yield
   except StorageError as e:
     if processes.index() == 0:
-      print(f'lmjax: {e}; training goes on', file=sys.stderr, flush=True)
+      print(f'lmjax: {e}{then}', file=sys.stderr, flush=True)

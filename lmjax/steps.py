@@ -3,12 +3,12 @@
 Beside the arrays of a step lies its manifest, by which one knows whether they are whole.
 """
 
-import functools
 import hashlib
+import itertools
 import json
-import logging
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,21 +32,6 @@ def warn(text: str) -> None:
   print(f'lmjax: {text}', file=sys.stderr, flush=True)
 
 
-@functools.cache
-def hush() -> None:
-  """Keeps pages of Orbax from the user, who is told in a sentence what has failed."""
-  logging.getLogger('absl').addFilter(_no_chatter)
-  logging.getLogger('asyncio').addFilter(_no_chatter)  # of failed reads
-  usual = sys.unraisablehook
-  # Of a failed save, threads that come late to the loop that has waited for them.
-  late = lambda e: isinstance(e, RuntimeError) and str(e) == 'Event loop is closed'
-  sys.unraisablehook = lambda about: None if late(about.exc_value) else usual(about)
-
-
-def _no_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno > logging.ERROR or 'orbax' not in record.pathname + record.getMessage()
-
-
 class Steps:
   """The steps in a directory.  What is damaged is moved aside, or with `read_only` passed over."""
 
@@ -59,7 +44,7 @@ class Steps:
   def tidy(self) -> None:
     """Removes what is unfinished, and sets aside what only looks like a step."""
     self.remove_unfinished()
-    for path in self.directory.iterdir():
+    for path in _entries(self.directory):
       if _is_step(path.name) and not _is_whole(path):
         self.set_aside(path.name, 'it has no manifest')
 
@@ -68,8 +53,8 @@ class Steps:
 
   def all(self) -> list[int]:
     """The committed steps, ascending, as they are on the disk now."""
-    paths = self.directory.iterdir() if self.directory.exists() else ()
-    return sorted(int(path.name) for path in paths if _is_step(path.name) and _is_whole(path))
+    paths = (path for path in _entries(self.directory) if _is_step(path.name))
+    return sorted(int(path.name) for path in paths if _is_whole(path))
 
   def manifest(self, step: int) -> dict[str, Any]:
     """What is known of the arrays of a step.
@@ -82,6 +67,8 @@ class Steps:
     if not _is_whole(path):
       there = ', '.join(map(str, self.all())) or 'none'
       raise UserError(f'there is no checkpoint of step {step} in {self.directory} (there: {there})')
+    if odd := _odd(path):
+      raise Damaged(f'{odd} is neither a file nor a directory')
     try:
       manifest = jsonio.read(_manifest(path))
       said = manifest.pop('digest')
@@ -118,14 +105,13 @@ class Steps:
     if os.path.islink(aside):
       raise StorageError(f'{aside} is a link: nothing is moved to where it leads')
     aside.mkdir(exist_ok=True)
-    number = sum(p.name.partition('.')[0] == name for p in aside.iterdir())
+    number = sum(p.name.partition('.')[0] == name for p in _entries(aside))
     place = aside / (f'{name}.{number}' if number else name)
     path.rename(place)
     self._warn(f'checkpoint {path} is damaged ({why}): moved to {place}')
 
   def any_aside(self) -> bool:
-    aside = self.directory / QUARANTINE
-    return aside.exists() and any(aside.iterdir())
+    return bool(_entries(self.directory / QUARANTINE))
 
   def delete(self, step: int) -> None:
     """Killed at any moment, what is left is not taken for a step."""
@@ -141,8 +127,10 @@ class Steps:
 
   def remove_unfinished(self) -> None:
     """Frees what a save or a deletion that did not come to its end has left."""
-    for pattern in ('*.orbax-checkpoint-tmp*', '.deleting-*'):
-      for path in self.directory.glob(pattern):
+    for path in _entries(self.directory):
+      # In a bucket a step has its name from the beginning, and is marked when it is complete.
+      begun = '://' in str(path) and _is_step(path.name) and not _is_whole(path)
+      if begun or '.orbax-checkpoint-tmp' in path.name or path.name.startswith('.deleting-'):
         try:
           path.unlink() if os.path.islink(path) else path.rmtree()
         except OSError as e:  # where nothing can be removed, nothing can be saved, which says more
@@ -223,6 +211,24 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _manifest(path: epath.Path) -> epath.Path:
   return path / 'meta' / 'metadata'
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+  try:
+    return list(directory.iterdir())
+  except FileNotFoundError:  # in a bucket, every empty one
+    return []
+
+
+def _odd(path: epath.Path) -> str:
+  """What on a local disk may lead elsewhere or never end, as links and pipes do; '' without."""
+  local = '://' not in str(path)
+  below = (
+    os.path.join(at, name) for at, *kinds in os.walk(path) for name in itertools.chain(*kinds)
+  )
+  plain = lambda mode: stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+  names = itertools.chain([str(path)], below) if local else ()
+  return next((name for name in names if not plain(os.lstat(name).st_mode)), '')
 
 
 def _is_step(name: str) -> bool:

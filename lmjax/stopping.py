@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ import jax
 from lmjax import processes
 from lmjax.errors import Restart
 
-RETRY = 60.0  # seconds until a metadata server that has not answered is asked again
+RETRY = 10.0  # seconds until a metadata server that has not answered is asked again
 PATIENCE = 60.0  # seconds without a step, at least, before a run is taken for stuck
 
 
@@ -114,21 +113,25 @@ class Stop(contextlib.AbstractContextManager):
   def _await_notice(self) -> None:
     """Asks the machine's metadata server, which answers when that changes or a minute is over."""
     host = os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal')
-    url = f'http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=60'
-    request = urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'})
+    url, known = f'http://{host}/computeMetadata/v1/instance/preempted', ''
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not self._left.is_set():
-      noticed, pause = False, 1.0
+      noticed = False
       try:
+        request = urllib.request.Request(url + known, headers={'Metadata-Flavor': 'Google'})
         with direct.open(request, timeout=90) as answer:
           noticed = answer.read(16).strip() == b'TRUE'
+          tag = answer.headers['ETag']
       except (OSError, http.client.HTTPException):
-        pause = RETRY  # without an answer there is still the signal, a little later
+        tag = None
+      # Without an answer there is still the signal, a little later.
+      known = f'?wait_for_change=true&timeout_sec=60&last_etag={tag}' if tag else ''
       if noticed and not self._left.is_set():
         _say('this machine is to be taken away: stopping after this step, which will be saved')
         self._ask('a preemption notice')
         return
-      self._left.wait(pause)
+      if not tag:
+        self._left.wait(RETRY)
 
   def _ask(self, name: str) -> None:
     if processes.index():
@@ -168,7 +171,10 @@ class Stop(contextlib.AbstractContextManager):
 
 
 class Watchdog(contextlib.AbstractContextManager):
-  """Ends all processes when a step takes ten times as long as steps do, and at least PATIENCE."""
+  """Ends all processes when a step takes ten times as long as steps do, and at least `patience`.
+
+  The first has nothing to be measured by, and ten times the patience.
+  """
 
   def __init__(self, patience: float = PATIENCE):
     self._patience = patience
@@ -183,18 +189,20 @@ class Watchdog(contextlib.AbstractContextManager):
   def __exit__(self, *_: object) -> None:
     self._closed.set()
 
-  @contextlib.contextmanager
-  def step(self) -> Iterator[None]:
-    """A step takes place inside."""
-    self._since = began = time.monotonic()
-    try:
-      yield
-    finally:
-      self._since = None
-    self._seconds = [*self._seconds[-99:], time.monotonic() - began]
+  def step(self) -> None:
+    """A step begins, and the one before it, if there was one, is over."""
+    self.rest()
+    self._since = time.monotonic()
+
+  def rest(self) -> None:
+    """A step is over; what comes until the next one takes as long as it takes."""
+    since, self._since = self._since, None
+    if since is not None:
+      self._seconds = [*self._seconds[-99:], time.monotonic() - since]
 
   def _limit(self) -> float:
-    return max(self._patience, 10 * statistics.median(self._seconds)) if self._seconds else 1e9
+    usual = statistics.median(self._seconds) if self._seconds else self._patience
+    return max(self._patience, 10 * usual)
 
   def _watch(self) -> None:
     while not self._closed.wait(min(1.0, self._patience / 10)):

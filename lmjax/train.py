@@ -22,6 +22,7 @@ from lmjax import (
   hardware,
   jsonio,
   metrics,
+  offload,
   profiler,
   record,
   sharding,
@@ -50,6 +51,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
     NonFinite: the loss or gradient is no longer finite; the checkpoints before it are kept.
     Restart: the run was asked to stop, by a signal; what it has done is saved.
   """
+  offload.allow()
   c = config_lib.resolve(config)
   path = experiment.run_path(workdir)
   window = profiler.Window(profile, path / 'profile', c['steps'])
@@ -130,7 +132,6 @@ def _train(
     judge.begin()
     skipped, every = judge.skipped(), c['guard']['replicas']
     step_fn = clock.timed('compile', _step_fn)(parts, mesh, like, transform)
-    transfers = 'allow' if jax.config.jax_disable_jit else 'disallow'
     stop.begin()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
     log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), judge.accepts, **meta)
     stack.enter_context(log)
@@ -149,16 +150,15 @@ def _train(
         log.write(start, values)
     running = None
     for step in range(start + 1, steps + 1):
+      watchdog.step()
       with log.waiting(), clock.of('input_wait'):
         digest, batch = next(batches)
       window.before(step)
-      with watchdog.step():
-        numbers = None
-        if step not in skipped:
-          with jax.transfer_guard(transfers):
-            state, numbers = step_fn(state, batch)
-        jax.block_until_ready(running)  # no process is further ahead of another than one step
-        running = numbers
+      numbers = None
+      if step not in skipped:
+        state, numbers = step_fn(state, batch)
+      jax.block_until_ready(running)  # no process is further ahead of another than one step
+      running = numbers
       window.after(step, numbers)
       log.push(step, digest, numbers)
 
@@ -169,6 +169,7 @@ def _train(
       if evaluate or due or asked:
         # What is raised where the numbers are not finite keeps such a state from being saved.
         held = log.hold() if asked and not (evaluate or due) else log.flush()
+        watchdog.rest()
         values = evaluator(averaged(state), stop.tick) if evaluate and not asked else {}
         asked = asked or values is None
         evaluated = not evaluate or bool(values)
@@ -179,6 +180,7 @@ def _train(
           meta = {'held': held or [], 'evaluated': evaluated, 'roll_backs': len(judge.roll_backs)}
           meta['productive'] = clock.mark()
           with clock.of('save_blocked'):
+            log.sync()
             saving.save(step, state, meta, values or {}, last=asked or step == steps)
         if asked:
           raise _stopped(stop, step, steps)
@@ -207,7 +209,13 @@ def _step_fn(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   if jax.config.jax_disable_jit:
     return make_step(parts, transform)
-  return _compile(lower(parts, mesh, like, transform))
+  compiled = _compile(lower(parts, mesh, like, transform))
+
+  def step(state, batch):
+    with jax.transfer_guard('disallow'):  # nothing goes to the host unseen
+      return compiled(state, batch)
+
+  return step
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -122,6 +122,7 @@ def describe(
   if processes.index() == 0:
     devices = jax.devices()
     about = {
+      'config': parts.config,
       'machine': {
         'devices': dict(collections.Counter(f'{d.platform}:{d.device_kind}' for d in devices)),
         'driver': devices[0].client.platform_version,

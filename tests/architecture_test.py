@@ -48,7 +48,7 @@ FLOORS = [
     ['data'],
     ['optimizer'],
     ['sharding'],
-    ['steps', 'checkpoint'],
+    ['steps', 'disk', 'checkpoint'],
     ['record'],
   ],
   [['objectives', 'objectives.clm'], ['objectives.mlm']],

@@ -61,8 +61,8 @@ def test_causes_come_before_what_follows_from_them(run, monkeypatch):
   order += ['record: machine.driver', "record: environment.XLA_FLAGS: '--a' | '--b'"]
   order += ['record: parameters: 7 | 8', 'record: seed', "record: data.train: 'd0' | 'd1'"]
   order += [
-    'ledger: first differs at step 2: b | x',
-    'loss: first differs at step 3: 1.0 | 1.5',
+    'ledger: first differs at step 2: hash b | x',
+    'loss: first differs at step 3: train/loss 1.0 | 1.5',
   ]
   order += ['state: the fingerprints at the end are ffffffffffffffff | eeeeeeeeeeeeeeee']
   places = [next(i for i, line in enumerate(said) if line.startswith(start)) for start in order]
@@ -107,6 +107,43 @@ def test_a_decision_is_named_before_what_follows_from_it(run, tmp_path):
   said = list(record.diff(a, b))
   assert said[0] == "event: the first that differs is None | {'event': 'skip', 'step': 2}"
   assert said[1].startswith('loss: first differs at step 2')
+
+
+@pytest.mark.parametrize(
+  ('name', 'harm', 'said'),
+  [
+    ('ledger', lambda rows: rows[:2], 'ledger: not the same lines: hash of step 3 | nothing more'),
+    ('ledger', lambda rows: [], 'ledger: not the same lines: hash of step 1 | nothing more'),
+    (
+      'ledger',
+      lambda rows: [rows[0], *rows],
+      'ledger: not the same lines: hash of step 2 | hash of step 1',
+    ),
+    (
+      'metrics',
+      lambda rows: [*rows, {'step': 3, 'eval/a/loss': 2.5}],
+      'loss: not the same lines: nothing more | eval/a/loss of step 3',
+    ),
+    (
+      'metrics',
+      lambda rows: [rows[0], rows[1] | {'optimizer/lr': 0.1}, rows[2]],
+      'loss: not the same lines: train/loss of step 2 | optimizer/lr of step 2',
+    ),
+    ('metrics', lambda rows: [row | {'perf/mfu': 0.5} for row in rows], ''),
+  ],
+)
+def test_no_line_is_missing_or_there_twice(run, tmp_path, name, harm, said):
+  a, b = run('a'), run('b')
+  path = tmp_path / 'b' / f'{name}.jsonl'
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in harm(rows)))
+  assert list(record.diff(a, b)) == ([said] if said else [])
+
+
+def test_a_run_at_work_is_compared_as_far_as_it_is(run, tmp_path):
+  a, b = run('a'), run('b', hashes='ab', losses=(3.0,))
+  (tmp_path / 'b' / 'result.json').unlink()
+  assert list(record.diff(a, b)) == []
 
 
 def test_no_run_is_said_to_be_none(run, tmp_path):

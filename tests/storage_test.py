@@ -9,13 +9,13 @@ import types
 import pytest
 from etils import epath
 
-from lmjax import metrics, steps, train
+from lmjax import disk, metrics, train
 from lmjax.errors import Restart, StorageError, UserError
 from tests.processes_test import spawn
 from tests.stopping_test import after, signalled
 from tests.train_test import assert_same_run, lines, timeless_result
 
-# At once, as where no directory can be made, and in the background, as where data are written.
+# Before anything is written, as where no directory can be made, and after.
 BROKEN = ('Checkpointer.save', 'PyTreeCheckpointHandler.finalize')
 
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_removed_does_not_hide_why_nothing_was_saved(
 def test_threads_that_come_late_to_a_failed_save_are_not_heard(monkeypatch):
   heard = []
   monkeypatch.setattr(sys, 'unraisablehook', heard.append)
-  steps.hush.__wrapped__()
+  disk.hush.__wrapped__()
   abouts = [
     types.SimpleNamespace(exc_value=e)
     for e in (RuntimeError('Event loop is closed'), RuntimeError('another'), None)
@@ -105,7 +105,7 @@ def test_a_line_that_cannot_be_written_says_of_which_file(tiny, tmp_path, monkey
 
   def full(log, step, *rest):
     if step == 4:
-      log._files[name] = epath.Path('/dev/full').open('a')
+      log._files[name]._file = epath.Path('/dev/full').open('a')
     push(log, step, *rest)
 
   monkeypatch.setattr(metrics.Log, 'push', full)

@@ -88,6 +88,10 @@ def test_a_second_build_reads_nothing(source, tmp_path):
   assert store.build(Unreadable(), BYTES, str(tmp_path)).digest == first.digest
 
 
+def no_locks(*_):
+  raise OSError('Function not implemented')
+
+
 @pytest.mark.parametrize('locks', [True, False])
 def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypatch, locks):
   """Where the disk has no locks, each builds it, and both get the same."""
@@ -99,9 +103,6 @@ def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypat
       time.sleep(0.01)
     build(*args)
 
-  def no_locks(*_):
-    raise OSError('Function not implemented')
-
   monkeypatch.setattr(building, 'build_shards', slowly)
   if not locks:
     monkeypatch.setattr(store.fcntl, 'flock', no_locks)
@@ -112,7 +113,9 @@ def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypat
   assert not list(tmp_path.rglob('*.tmp'))
 
 
-def test_an_interrupted_build_goes_on(source, tmp_path):
+@pytest.mark.parametrize('locks', [True, False])
+def test_an_interrupted_build_goes_on(source, tmp_path, monkeypatch, locks):
+  """And removes what is left of it, where no other can be at work on the same."""
   whole = store.build(source, BYTES, str(tmp_path / 'whole'))
   path = store.build(source, BYTES, str(tmp_path / 'cut')).path
   from etils import epath
@@ -120,6 +123,11 @@ def test_an_interrupted_build_goes_on(source, tmp_path):
   directory = epath.Path(path)
   (directory / 'store.json').unlink()
   shutil.rmtree(str(directory / 'shard-00005'))
+  left = [directory / 'shard-00005.0.tmp', directory / 'shard-00004.0.damaged']
+  for scratch in left:
+    scratch.mkdir()
+  if not locks:
+    monkeypatch.setattr(store.fcntl, 'flock', no_locks)
   read = []
 
   class Watched:
@@ -135,6 +143,7 @@ def test_an_interrupted_build_goes_on(source, tmp_path):
   assert store.build(Watched(), BYTES, str(tmp_path / 'cut')).digest == whole.digest
   n = len(source)
   assert read == list(range(n * 5 // 8, n * 6 // 8))
+  assert [scratch.exists() for scratch in left] == [not locks] * 2
 
 
 def test_a_store_of_another_tokenizer_is_refused(source, tmp_path):

@@ -20,6 +20,7 @@ from lmjax.errors import UserError
 
 ARRAYS = ('tokens', 'documents', 'sentences', 'bytes')  # the files of a shard
 DOCUMENTS_PER_SHARD = 50_000
+LEFT = ('shard-*.tmp', 'shard-*.damaged')  # what is there for a moment only
 LONGEST_SENTENCE = 10_000  # characters; text without an end of sentence is cut there
 
 # A sentence ends after . ! ? and what closes it, before white space and a capital, a digit or an
@@ -36,8 +37,11 @@ def split_sentences(text: str) -> list[str]:
   return [s[i : i + n] for s in sentences for i in range(0, len(s), n)]
 
 
-def build_shards(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> None:
-  """Makes those that are not there yet, several at a time."""
+def build_shards(source: Source, tokenizer: Tokenizer, directory: epath.Path, alone: bool) -> None:
+  """Makes those that are not there yet, several at a time.
+
+  `alone`: no other process makes any, and what one that was killed has left can go.
+  """
   n = len(source)
   num_shards = min(n, max(8, -(-n // DOCUMENTS_PER_SHARD)))
   bounds = [n * i // num_shards for i in range(num_shards + 1)]
@@ -47,6 +51,8 @@ def build_shards(source: Source, tokenizer: Tokenizer, directory: epath.Path) ->
     if not (directory / f'shard-{i:05d}').exists()
   ]
   directory.mkdir(parents=True, exist_ok=True)
+  for left in itertools.chain(*map(directory.glob, LEFT)) if alone else ():
+    left.rmtree()
   from tqdm import tqdm  # only a build needs it
 
   quiet = not sys.stderr.isatty()

@@ -97,20 +97,20 @@ def build(source: Source, tokenizer: Tokenizer, cache: str) -> Store:
   key = f'{FORMAT} {source.fingerprint} {tokenizer.fingerprint}'
   directory = epath.Path(cache).expanduser() / 'stores' / _hash(key.encode())
   if not (directory / 'store.json').exists():
-    with lock(directory):
+    with lock(directory) as alone:
       if not (directory / 'store.json').exists():
-        building.build_shards(source, tokenizer, directory)
+        building.build_shards(source, tokenizer, directory, alone)
         _commit(source, tokenizer, directory)
   try:
     return open_store(str(directory), tokenizer)
   except DamagedStore as e:
     print(f'lmjax: {e}: built again', file=sys.stderr, flush=True)
-  with lock(directory):
-    _rebuild(source, tokenizer, directory)
+  with lock(directory) as alone:
+    _rebuild(source, tokenizer, directory, alone)
   return open_store(str(directory), tokenizer)
 
 
-def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> None:
+def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path, alone: bool) -> None:
   try:
     meta = _meta(directory)
     damaged = _damage(directory, meta)  # another process may have mended it
@@ -124,7 +124,7 @@ def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> Non
     with contextlib.suppress(FileNotFoundError):
       (directory / shard).rename(aside)
       aside.rmtree()
-  building.build_shards(source, tokenizer, directory)
+  building.build_shards(source, tokenizer, directory, alone)
   _commit(source, tokenizer, directory)
   now = _meta(directory)['digest']
   if meta and now != meta['digest']:
@@ -135,30 +135,30 @@ def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path) -> Non
 
 
 @contextlib.contextmanager
-def lock(directory: epath.Path) -> Iterator[None]:
+def lock(directory: epath.Path) -> Iterator[bool]:
   """Of the processes that see one disk, only one at a time is in here, to make `directory`.
 
-  Buckets and some network disks have no locks: there each makes it, and the last rename decides.
+  False where there are no locks, as in buckets: there each makes it, and the last rename decides.
   """
   if '://' in str(directory):
-    yield
+    yield False
     return
   try:
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = open(f'{directory}.lock', 'w')  # noqa: SIM115
   except OSError as e:
-    raise UserError(
-      f'cannot keep anything in {directory.parent}: {e.strerror}: choose a cache'
-    ) from e
+    where = f'cannot keep anything in {directory.parent}'
+    raise UserError(f'{where}: {e.strerror}: choose a cache') from e
   with file:
+    alone = True
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       print(f'waiting for another process that makes {directory}', flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
-      pass
-    yield
+      alone = False
+    yield alone
 
 
 def open_store(path: str, tokenizer: Tokenizer) -> Store:

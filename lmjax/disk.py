@@ -1,0 +1,74 @@
+"""Arrays written to a directory and read from it by all processes together, with Orbax."""
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+
+from lmjax import processes
+from lmjax.steps import Damaged
+
+
+def write(
+  path: epath.Path, arrays: Mapping[str, jax.Array], manifest: dict[str, Any], attempt: int
+) -> None:
+  """Writes a step under another name and renames it once complete (in a bucket: marks it).
+
+  Each call has an `attempt` of its own: where one fails in one process, others still wait for it.
+  With names of processes Orbax has them meet without the devices, which others use meanwhile.
+  """
+  meeting = ocp.options.MultiprocessingOptions(
+    active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=f's{attempt}'
+  )
+  options = ocp.CompositeOptions(multiprocessing_options=meeting)
+  handler = ocp.CompositeCheckpointHandler(composite_options=options)
+  args = ocp.args.Composite(
+    state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep='/')),
+    meta=ocp.args.JsonSave(manifest),
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=meeting) as checkpointer:
+    checkpointer.save(path, args=args)
+
+
+def read(path: epath.Path, like: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """The arrays of a step, of the shapes, types and places of `like`.  Raises Damaged, at all."""
+  item = traverse_util.unflatten_dict(dict(like), sep='/')
+  how = ocp.checkpoint_utils.construct_restore_args(item)
+  args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+  why, found = '', {}
+  try:
+    found = ocp.PyTreeCheckpointHandler().restore(path / 'state', args=args)
+  except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here, which is not its fault
+    raise
+  except Exception as e:  # whatever Orbax and TensorStore make of a broken file
+    why = first_line(e)
+  # One process may be able to read its part where another is not.
+  reasons = processes.share([r for r in processes.collect(why) or () if r])
+  if reasons:
+    raise Damaged(f'its arrays cannot be read: {reasons[0]}')
+  return traverse_util.flatten_dict(found, sep='/')
+
+
+def first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@functools.cache
+def hush() -> None:
+  """Keeps pages of Orbax from the user, who is told in a sentence what has failed."""
+  logging.getLogger('absl').addFilter(_no_chatter)
+  logging.getLogger('asyncio').addFilter(_no_chatter)  # of failed reads
+  usual = sys.unraisablehook
+  # Of a failed save, threads that come late to the loop that has waited for them.
+  late = lambda e: isinstance(e, RuntimeError) and str(e) == 'Event loop is closed'
+  sys.unraisablehook = lambda about: None if late(about.exc_value) else usual(about)
+
+
+def _no_chatter(record: logging.LogRecord) -> bool:
+  return record.levelno > logging.ERROR or 'orbax' not in record.pathname + record.getMessage()
