@@ -117,7 +117,7 @@ def run(
   before = _file(workdir)
   with workdir.with_suffix('.log').open('w+') as said:
     process = subprocess.Popen(arguments, stdout=said, stderr=said, env=variables)
-    try:
+    with command.child(process):
       while process.poll() is None:
         step = logged(workdir) if _file(workdir) != before else 0  # of this start, not a former one
         if kill_after and step >= kill_after:
@@ -125,9 +125,6 @@ def run(
           process.kill()
           process.wait()
         time.sleep(0.005)
-    finally:  # it does not outlive this one, which may be asked to stop
-      process.kill()
-      process.wait()
     if process.returncode and not (kill_after and process.returncode == -signal.SIGKILL):
       said.seek(0)
       raise UserError(f'the run ended with {process.returncode}:\n{said.read()[-2000:]}')

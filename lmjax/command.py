@@ -3,16 +3,24 @@
 import contextlib
 import errno
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 
 from lmjax import config, processes
 from lmjax.errors import Restart, StorageError, UserError
 
+_ENDS = {
+  signal.SIGTERM: (Restart.exit_code, 'stopped by SIGTERM'),
+  signal.SIGINT: (130, 'interrupted; what was saved is kept'),
+}
+_children: list[subprocess.Popen] = []
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
@@ -22,15 +30,53 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   if {'-h', '--help', '--helpshort'} & set(argv):
     app.usage(shorthelp=True, exitcode=0)
   try:
-    signal.signal(signal.SIGTERM, _stop)
+    hear_signals()
     config.parse_flags(argv)
     main()
   except (KeyboardInterrupt, Exception) as e:
     sys.exit(_explain(e))
 
 
-def _stop(*_: object) -> None:
-  raise Restart('stopped by SIGTERM')
+def hear_signals() -> None:
+  """From here on SIGTERM and SIGINT end the process, at once and from a thread of their own.
+
+  An exception that a handler raises is lost where Python is in a callback of its garbage collector,
+  waits for what a library computes, and lets XLA crash where it compiles while Python goes.
+  """
+  ear, mouth = socket.socketpair()
+  mouth.setblocking(False)
+  signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+  for number in _ENDS:
+    if signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, lambda *_: None)
+  threading.Thread(target=_listen, args=(ear, mouth), name='ends', daemon=True).start()
+
+
+def _listen(ear: socket.socket, mouth: socket.socket) -> None:
+  while heard := ear.recv(1):  # `mouth` is held, so that it is not closed
+    if heard[0] in _ENDS:
+      end(heard[0])
+
+
+def end(number: int) -> NoReturn:
+  """Ends all processes of this run, and those that this one has begun, as a signal asks for."""
+  code, why = _ENDS[number]
+  print(f'lmjax: {why}', file=sys.stderr, flush=True)
+  for process in _children:
+    process.kill()
+  processes.leave(code, why)
+
+
+@contextlib.contextmanager
+def child(process: subprocess.Popen) -> Iterator[None]:
+  """It does not outlive what is inside, nor this process where a signal ends that."""
+  _children.append(process)
+  try:
+    yield
+  finally:
+    process.kill()
+    process.wait()
+    _children.remove(process)
 
 
 def _explain(error: BaseException) -> int:

@@ -83,7 +83,8 @@ class Clock(contextlib.AbstractContextManager):
     seconds = dict(self._seconds)
     content = {'began': self._began, 'until': time.time(), 'seconds': seconds}
     if processes.index() == 0 and (self._file.parent / 'config.json').exists():
-      jsonio.write_text(self._file, json.dumps(content) + '\n')
+      with contextlib.suppress(OSError):  # no reason to end a run
+        jsonio.write_text(self._file, json.dumps(content) + '\n')
 
   def _switch(self, kind: str) -> str:
     former, now = self._kind, time.monotonic()

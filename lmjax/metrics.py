@@ -90,7 +90,9 @@ class Log:
     self._writes = processes.index() == 0
     for name in ('metrics', 'ledger') if self._writes else ():
       path = workdir / f'{name}.jsonl'
-      _truncate(path, start, evaluated)
+      # What is held back was written by a start that came further, and was killed.
+      last = min([start + 1, *(step for step, *_ in held)]) - 1 if name == 'ledger' else start
+      _truncate(path, last, evaluated)
       self._files[name] = jsonio.Lines(path)
     self._board = None
     if options['tensorboard'] and self._writes:

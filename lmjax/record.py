@@ -128,7 +128,10 @@ def verdict(first: str, second: str) -> str:
   """What there is to say where `diff` finds nothing."""
   if (x := final_state(first)) and x == final_state(second):
     return f'the runs are the same: every batch, every loss, and the state at the end ({x})'
-  return 'the runs differ in nothing that was recorded'
+  last = [
+    max((line['step'] for line in lines(run, 'ledger.jsonl')), default=0) for run in (first, second)
+  ]
+  return f'the runs differ in nothing that was recorded, up to step {min(last)}'
 
 
 def _first_difference(what: str, runs: list[list[dict]], whole: bool) -> Iterator[str]:
@@ -194,6 +197,8 @@ def main() -> None:
     print(f'lmjax: {e}', file=sys.stderr)
     sys.exit(2)
   print('\n'.join(said) or verdict(*sys.argv[2:]))
+  if said and (x := final_state(sys.argv[2])) and x == final_state(sys.argv[3]):
+    print(f'and yet the state at the end is the same ({x})')
 
 
 if __name__ == '__main__':

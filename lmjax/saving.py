@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lmjax import guard, metrics, processes, record, workdir
+from lmjax import guard, jsonio, metrics, processes, record, workdir
 from lmjax.checkpoint import Checkpoints
 from lmjax.errors import StorageError, UserError
 
@@ -52,6 +52,8 @@ class Saving(contextlib.AbstractContextManager):
     self._checkpoints.delete(lambda step, meta: judge.outdated(step, meta.get('roll_backs', 0)))
     restored = self._checkpoints.restore(like)
     if restored is None:
+      if not judge.roll_backs:
+        self._check_new()
       return 0, None, dict(FRESH)
     step, state, meta = restored
     if lacking := {*FRESH, 'data', 'roll_backs'} - meta.keys():
@@ -59,6 +61,19 @@ class Saving(contextlib.AbstractContextManager):
     record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
     metrics.check_ledger(self._path, step, meta['held'], fetch(step))
     return step, state, {key: meta[key] for key in FRESH}
+
+  def _check_new(self) -> None:
+    """Raises a StorageError where a run that begins was so far that it has had checkpoints."""
+    ledger, wrong = self._path / 'ledger.jsonl', ''
+    if processes.index() == 0:
+      last = max((line['step'] for line in jsonio.read_lines(ledger)), default=0)
+      if last > 2 * self._options['every']:  # the first was waited for when the second was saved
+        wrong = (
+          f'the run in {self._path} has made {last} steps, and its checkpoints are gone: it does '
+          f'not begin again in silence; remove {ledger} to begin it again'
+        )
+    if wrong := processes.share(wrong):
+      raise StorageError(wrong)
 
   def due(self, step: int) -> bool:
     """Whether a step is to be saved, by its number or since time has passed."""

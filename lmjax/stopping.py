@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from lmjax import processes
+from lmjax import command, processes
 from lmjax.errors import Restart
 
 RETRY = 10.0  # seconds until a metadata server that has not answered is asked again
@@ -53,7 +53,8 @@ class Stop(contextlib.AbstractContextManager):
       mouth.setblocking(False)
       self._former_fd = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
       self._mouth = mouth
-      # A notebook's interrupt before there is anything to save is Python's.
+      # A notebook's interrupt before there is anything to save is Python's; a command's ends it.
+      self._interrupts = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
       self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
       self._thread = threading.Thread(target=self._listen, name='signals', daemon=True)
       self._thread.start()
@@ -96,6 +97,8 @@ class Stop(contextlib.AbstractContextManager):
   def _listen(self) -> None:
     while heard := self._ear.recv(1):
       number = heard[0]
+      if number == signal.SIGINT and not self._begun and self._interrupts:
+        command.end(number)
       if number != signal.SIGTERM and not (self._begun and number == signal.SIGINT):
         continue
       self._count += 1

@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from lmjax import evaluate, metrics, stopping, train
+from lmjax import checkpoint, evaluate, metrics, stopping, train
 from lmjax.errors import Restart
 from tests.processes_test import free_port, spawn
 from tests.train_test import as_file, assert_same_run, lines
@@ -68,6 +68,25 @@ def test_the_step_is_saved_and_the_run_goes_on(
   monkeypatch.undo()
   train.run(c, str(tmp_path))
   assert f'resuming at step {step} of 12' in capfd.readouterr().out
+  assert_same_run(straight, tmp_path)
+
+
+def test_what_was_held_back_and_then_written_is_not_there_twice(
+  tiny, tmp_path, monkeypatch, straight
+):
+  """Stopped between two lines, taken up, killed after the line and before the next checkpoint."""
+  c = tiny('clm', **ASKED, **{'model.dropout': 0.1})
+  after(monkeypatch, metrics.Log, 'push', 7, signalled)
+  with pytest.raises(Restart):
+    train.run(c, str(tmp_path))
+  monkeypatch.undo()
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, 'save', lambda *_: None)
+    after(patch, metrics.Log, 'push', 4, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train.run(c, str(tmp_path))
+  assert [line['step'] for line in lines(tmp_path, 'ledger')] == [*range(1, 11)]
+  train.run(c, str(tmp_path))
   assert_same_run(straight, tmp_path)
 
 
@@ -266,6 +285,37 @@ def test_a_stuck_process_is_noticed_by_the_others(tiny, tmp_path, started):
   pair[1].send_signal(signal.SIGCONT)
   # It may be JAX that notices first that process 0 is gone, and aborts.
   assert pair[1].wait(30) in (75, -signal.SIGABRT)
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('where', ['a callback of the garbage collector', 'a long call'])
+def test_before_the_first_step_a_signal_ends_the_process(number, code, where):
+  """An exception would be lost in the one, and wait for the other."""
+  work = {
+    'a callback of the garbage collector': (
+      'gc.callbacks.append(lambda *_: (print("here", flush=True), time.sleep(2)))\n  gc.collect()\n'
+      '  time.sleep(60)\n'
+    ),
+    'a long call': 'print("here", flush=True)\n  hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)\n',
+  }[where]
+  code_of = (
+    'import gc, hashlib, signal, time\nfrom lmjax import command\n'
+    'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    f'def main():\n  {work}command.run(main, ["it"])\n'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', code_of], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'here\n'
+  process.send_signal(number)
+  _, said = process.communicate(timeout=30)
+  assert process.returncode == code
+  assert (
+    said
+    == {75: 'lmjax: stopped by SIGTERM\n', 130: 'lmjax: interrupted; what was saved is kept\n'}[
+      code
+    ]
+  )
 
 
 def test_a_stuck_step_ends_the_process_with_all_stacks():

@@ -131,6 +131,21 @@ def test_room_is_looked_for_before_anything_is_compiled(tiny, tmp_path, monkeypa
   assert not (tmp_path / 'config.json').exists()
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tiny, tmp_path, monkeypatch):
+  c = tiny('clm', **{'checkpoint.every': 2})
+  after(monkeypatch, metrics.Log, 'push', 5, signalled)
+  with pytest.raises(Restart):
+    train.run(c, str(tmp_path))
+  monkeypatch.undo()
+  shutil.rmtree(tmp_path / 'checkpoints')
+  before = (tmp_path / 'ledger.jsonl').read_bytes()
+  with pytest.raises(StorageError, match='has made 5 steps, and its checkpoints are gone'):
+    train.run(c, str(tmp_path))
+  assert (tmp_path / 'ledger.jsonl').read_bytes() == before
+  (tmp_path / 'ledger.jsonl').unlink()
+  assert train.run(c, str(tmp_path))['step'] == 6
+
+
 @pytest.mark.parametrize('held', [False, True])
 def test_another_ledger_is_noticed(tiny, tmp_path, monkeypatch, held):
   """As where the code that makes batches has changed."""

@@ -63,7 +63,7 @@ def start(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    signal.signal(signal.SIGTERM, command._stop)
+    command.hear_signals()
     before()
     train.run(c, str(workdir or name))
     code = 0

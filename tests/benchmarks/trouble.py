@@ -201,6 +201,7 @@ def writers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
     # One that was killed holds nothing.
     (workdir / 'result.json').unlink()
     shutil.rmtree(workdir / 'checkpoints')
+    (workdir / 'ledger.jsonl').unlink()
     pid = trials.start(c, root / f'{i}.3', workdir=workdir)
     time.sleep(chance.random() * 2)
     os.kill(pid, signal.SIGKILL)
