@@ -63,7 +63,7 @@ def say(log: str) -> str:
 def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
   rows = {}
   c = trials.experiment(
-    'gpt', root, **{'steps': 300, 'checkpoint.every': 50, 'evaluate.every': 300}
+    'gpt', root, **{'steps': 120, 'checkpoint.every': 20, 'evaluate.every': 120}
   )
   (root / 'config.json').write_text(json.dumps(c))
   (root / 'experiment.py').write_text(signals.EXPERIMENT)
@@ -72,7 +72,7 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
     told, seconds, wrong = collections.Counter(), [], []
     for i in range(tries):
       workdir = root / 'run'
-      crash_at = chance.randint(1, 150)
+      crash_at = chance.randint(1, 60)
       pair = signals.begin(
         root, workdir, 2, crash=CRASH if kind == 'worker crashes' else '', at=crash_at
       )
@@ -96,7 +96,7 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
       if code != 75 and not (kind == 'worker crashes' and code == 1):
         wrong.append([i, code, text[-300:]])
       if i % 5 == 0:
-        codes = [p.wait(timeout=120) for p in signals.begin(root, workdir, 2)]
+        codes = [p.wait(timeout=600) for p in signals.begin(root, workdir, 2)]
         wrong += [[i, codes]] if codes != [0, 0] else []
         wrong += [[i, line] for line in trials.differences(root / 'straight', workdir)]
       shutil.rmtree(workdir)
