@@ -132,11 +132,11 @@ def describe(
       'seed': parts.config['seed'],
     }
     now = record.describe(digests, about)
-    before = _read(path / 'record.json')
-    if (path / 'config.json').exists() and before:
+    before = _read(path / 'record.json') if (path / 'config.json').exists() else None
+    if before:
       began = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
       now = record.restarted(before, now, step, began)
-    else:
+    if not before or not (path / 'tokenizer').exists():
       parts.tokenizer.save(path / 'tokenizer')
     jsonio.write(path / 'record.json', now)
   jsonio.write(path / 'config.json', parts.config)

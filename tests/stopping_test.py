@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def test_what_another_start_has_changed_is_recorded(tiny, tmp_path, monkeypatch)
   with pytest.raises(Restart):
     train.run(tiny('clm'), str(tmp_path))
   monkeypatch.undo()
+  shutil.rmtree(tmp_path / 'tokenizer')
   train.run(tiny('clm', **{'guard.on_bad': 'skip'}), str(tmp_path))
+  assert (tmp_path / 'tokenizer' / 'tokenizer.json').exists()  # without it, nothing can be read
   kept = json.loads((tmp_path / 'record.json').read_text())
   assert kept['config']['guard']['on_bad'] == 'stop'
   assert [start['changed'] for start in kept['restarts']] == [
