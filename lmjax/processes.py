@@ -26,7 +26,7 @@ from lmjax.rollcall import ARRIVAL
 HEARTBEAT = 30
 SHUTDOWN = 10  # all have said that they are done when this begins
 # One that is stopped or whose network is gone says nothing, and neither does its connection.
-PULSE, SILENCE = 3, 12  # seconds between signs of life, and without one until it is taken for lost
+PULSE, SILENCE = 2, 12  # seconds between signs of life, and without one until it is taken for lost
 
 _line: '_Line | None' = None
 
@@ -205,11 +205,11 @@ class _Line:
     self.inbox = {peer: queue.SimpleQueue() for peer in ends}
     self.hear = {'value': lambda peer, value: self.inbox[peer].put(value), 'alive': lambda *_: None}
     self.closing = False
-    self._heard = dict.fromkeys(ends, time.monotonic())
+    self._heard, self._silent = dict.fromkeys(ends, time.monotonic()), set()
     self._leaving, self._sending = threading.Lock(), threading.Lock()
     start = lambda *args: threading.Thread(target=args[0], args=args[1:], daemon=True)
-    self._threads = [start(self._listen, peer) for peer in ends]
-    for thread in (*self._threads, start(self._pulse)):
+    self._threads = {peer: start(self._listen, peer) for peer in ends}
+    for thread in (*self._threads.values(), start(self._pulse)):
       thread.start()
 
   def send(self, peer: int, message: Any) -> None:
@@ -242,10 +242,10 @@ class _Line:
       before, began = began, time.monotonic()
       if began - before > 2 * PULSE:  # it was this process that did nothing
         self._heard = dict.fromkeys(self._heard, began)
-      for peer, heard in self._heard.items():
-        if began - heard > SILENCE:
-          who = f'process {peer} ({self.hosts[peer]})'
-          self._lost(75, f'{who} has not been heard of for {SILENCE} s')
+      self._silent = {peer for peer, heard in self._heard.items() if began - heard > SILENCE}
+      for peer in self._silent:
+        who = f'process {peer} ({self.hosts[peer]})'
+        self._lost(75, f'{who} has not been heard of for {SILENCE} s')
 
   def _lost(self, code: int, why: str) -> None:
     # The main thread may be inside a collective operation, where no exception reaches it.
@@ -258,8 +258,8 @@ class _Line:
       self.send(peer, {'failed': (code, why)})
     if self.index == 0:  # goes last: JAX aborts the others when its service is gone
       deadline = time.monotonic() + 5
-      for thread in self._threads:
-        if thread is not threading.current_thread():
+      for peer, thread in self._threads.items():
+        if thread is not threading.current_thread() and peer not in self._silent:
           thread.join(max(0.0, deadline - time.monotonic()))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -266,7 +267,7 @@ def test_one_of_two_is_asked_and_both_stop_after_one_step(tiny, tmp_path, starte
   pair[1].send_signal(signal.SIGTERM)
   began = time.monotonic()
   said = [process.communicate(timeout=60)[1] for process in pair]
-  assert time.monotonic() - began < 45  # 1 s and the step, by far, where nothing else is at work
+  assert time.monotonic() - began < 15
   assert [process.returncode for process in pair] == [75, 75], said
   assert 'stopped by SIGTERM after step' in said[0]
   (step,) = (int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('*'))
@@ -281,7 +282,7 @@ def test_a_stuck_process_is_noticed_by_the_others(tiny, tmp_path, started):
   pair[1].send_signal(signal.SIGSTOP)
   began = time.monotonic()
   _, said = pair[0].communicate(timeout=60)
-  assert time.monotonic() - began < 20
+  assert time.monotonic() - began < 15
   assert pair[0].returncode == 75
   assert 'process 1 (' in said
   assert 'has not been heard of for 12 s' in said
@@ -321,11 +322,33 @@ def test_before_the_first_step_a_signal_ends_the_process(number, code, where):
   )
 
 
+def test_no_child_outlives_a_signal(tmp_path):
+  code = (
+    'import subprocess, sys, time\nfrom lmjax import command\n'
+    'def main():\n  child = subprocess.Popen(["sleep", "60"])\n'
+    '  with command.child(child):\n    print(child.pid, flush=True)\n    time.sleep(60)\n'
+    'command.run(main, ["it"])\n'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  child = int(process.stdout.readline())
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 75
+  process.communicate()
+  state = pathlib.Path(f'/proc/{child}/stat')
+  for _ in range(100):
+    if not state.exists() or state.read_text().split()[2] == 'Z':
+      return
+    time.sleep(0.05)
+  pytest.fail('it is still there')
+
+
 def test_a_stuck_step_ends_the_process_with_all_stacks():
   code = (
     'import time\nfrom lmjax import stopping\n'
     'with stopping.Watchdog(patience=0.5) as watchdog:\n'
-    '  for seconds in (2, 0.01, 0.3, 0.01):\n    watchdog.step()\n    time.sleep(seconds)\n'
+    '  for seconds in (2, 0.01, 0.3, 0.01, 0.01):\n    watchdog.step()\n    time.sleep(seconds)\n'
     '  watchdog.rest()\n  time.sleep(5)\n'
     '  print("no step, no watch", flush=True)\n'
     '  def stuck_here():\n    time.sleep(60)\n'
@@ -335,7 +358,7 @@ def test_a_stuck_step_ends_the_process_with_all_stacks():
   assert done.returncode == 75
   assert done.stdout == 'no step, no watch\n'
   assert 'in stuck_here' in done.stderr
-  assert re.search(r'a step has taken more than [0-3] s: stuck', done.stderr)
+  assert 'a step has taken more than 0 s: stuck' in done.stderr
 
 
 def test_the_first_step_is_watched_too():
