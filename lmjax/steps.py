@@ -67,9 +67,9 @@ class Steps:
     if not _is_whole(path):
       there = ', '.join(map(str, self.all())) or 'none'
       raise UserError(f'there is no checkpoint of step {step} in {self.directory} (there: {there})')
-    if odd := _odd(path):
-      raise Damaged(f'{odd} is neither a file nor a directory')
     try:
+      if odd := _odd(path):
+        raise Damaged(f'{odd} is neither a file nor a directory')
       manifest = jsonio.read(_manifest(path))
       said = manifest.pop('digest')
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:

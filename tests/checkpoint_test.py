@@ -484,6 +484,24 @@ def test_a_golden_checkpoint_opens_for_ever(layout):
   assert terms['clm'].compute() == pytest.approx(5.557771, rel=1e-5)
 
 
+def test_a_step_that_goes_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch):
+  """As by the run that is at work, while it is evaluated."""
+  state = {'w': jnp.arange(4.0)}
+  with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.save(2, state, {})
+  lstat = os.lstat
+
+  def gone(path, *args, **kwargs):
+    if f'{tmp_path}/2' in str(path):
+      raise FileNotFoundError(path)
+    return lstat(path, *args, **kwargs)
+
+  monkeypatch.setattr(os, 'lstat', gone)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.restore(like(state))[0] == 1
+
+
 @pytest.mark.parametrize('place', ['state', 'state/_METADATA', 'meta/metadata', 'new', '.'])
 @pytest.mark.parametrize('kind', ['link', 'pipe'])
 def test_what_leads_elsewhere_is_not_read(tmp_path, place, kind, capsys):
