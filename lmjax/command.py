@@ -33,7 +33,7 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
     hear_signals()
     config.parse_flags(argv)
     main()
-  except (KeyboardInterrupt, Exception) as e:
+  except Exception as e:
     sys.exit(_explain(e))
 
 
@@ -81,9 +81,6 @@ def child(process: subprocess.Popen) -> Iterator[None]:
 
 def _explain(error: BaseException) -> int:
   """Says on stderr what has ended a command; returns its exit code."""
-  if isinstance(error, KeyboardInterrupt):
-    print('\nlmjax: interrupted; what was saved is kept', file=sys.stderr)
-    return 130
   if hasattr(error, 'exit_code'):
     print(f'lmjax: {error}', file=sys.stderr)
     return error.exit_code

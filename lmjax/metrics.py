@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ class Log:
     options: Mapping[str, Any],
     cost: Mapping[str, float],
     accepts: Callable[[int, Mapping[str, Any]], bool],
-    held: Iterable[Any] = (),
+    held: Sequence[Any] = (),
     evaluated: bool = True,
   ):
     """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together.
