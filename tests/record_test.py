@@ -147,6 +147,14 @@ def test_a_run_at_work_is_compared_as_far_as_it_is(run, tmp_path):
   assert list(record.diff(a, b)) == []
 
 
+def test_the_same_state_is_said_whatever_differs_on_the_way(run, monkeypatch, capsys):
+  a, b = run('a'), run('b', config={'log': {'every': 2}})
+  for first, second, yet in ((a, b, True), (a, a, False), (a, run('c', state_fingerprint='0'), 0)):
+    monkeypatch.setattr('sys.argv', ['record', 'diff', first, second])
+    record.main()
+    assert ('and yet the state at the end is the same' in capsys.readouterr().out) == yet
+
+
 def test_no_run_is_said_to_be_none(run, tmp_path):
   with pytest.raises(UserError, match='there is no run in'):
     list(record.diff(run('a'), str(tmp_path / 'none')))

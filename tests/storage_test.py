@@ -9,7 +9,7 @@ import types
 import pytest
 from etils import epath
 
-from lmjax import disk, metrics, train
+from lmjax import disk, jsonio, metrics, train
 from lmjax.errors import Restart, StorageError, UserError
 from tests.processes_test import spawn
 from tests.stopping_test import after, signalled
@@ -111,6 +111,28 @@ def test_a_line_that_cannot_be_written_says_of_which_file(tiny, tmp_path, monkey
   monkeypatch.setattr(metrics.Log, 'push', full)
   with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/{name}.jsonl'"):
     train.run(tiny('clm'), str(tmp_path))
+
+
+def test_a_save_that_failed_meanwhile_does_not_hide_a_bug(tiny, tmp_path, monkeypatch, capfd):
+  failing(monkeypatch, BROKEN[1], {1})
+  after(monkeypatch, metrics.Log, 'push', 3, lambda: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    train.run(tiny('clm', **{'checkpoint.every': 2}), str(tmp_path))
+  said = capfd.readouterr().err
+  assert 'checkpoint 2 could not be saved' in said
+  assert 'training goes on' not in said
+
+
+def test_a_run_outlives_that_it_cannot_say_where_its_time_went(tiny, tmp_path, monkeypatch):
+  write = jsonio.write_text
+
+  def full(path, text):
+    if path.name == 'goodput.json':
+      raise OSError(28, 'No space left on device')
+    write(path, text)
+
+  monkeypatch.setattr(jsonio, 'write_text', full)
+  assert train.run(tiny('clm'), str(tmp_path))['step'] == 6
 
 
 def test_asked_to_stop_without_room_to_save_is_no_restart(tiny, tmp_path, monkeypatch):
