@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
-import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +15,7 @@ from jax.sharding import Mesh
 
 from lmjax import canonical, guard, jsonio, metrics, models, objectives, processes, sharding
 from lmjax.config import base, resolve
-from lmjax.data import loader, sources, store, tokenizer
+from lmjax.data import cache, loader, sources, store, tokenizer
 from lmjax.data.pieces import Tokenizer
 from lmjax.errors import UserError
 from lmjax.optimizer import Optimizer
@@ -57,7 +54,7 @@ class Experiment:
     if self.saved_tokenizer:
       made = tokenizer.load(self.saved_tokenizer)
     else:
-      made = _trained_tokenizer(self.config, self.sources['train'])
+      made = cache.trained(self.config['tokenizer'], self.sources['train'], self.config['cache'])
     self.objective.check(made, self.config['length'], self.core)
     return made
 
@@ -266,30 +263,3 @@ def open_run(workdir: str | os.PathLike, evaluation: bool = False) -> Experiment
   model = {key: 'auto' if key == 'attention' else x for key, x in saved['model'].items()}
   parts = _parts({**saved, 'model': model})
   return Experiment(saved, *parts, opened, str(path / 'tokenizer'))
-
-
-def _trained_tokenizer(config: Mapping[str, Any], source: Any) -> Any:
-  """The tokenizer of the config, kept in the cache by what it was made of."""
-  options = dict(config['tokenizer'])
-  texts = lambda: (source[i] for i in range(len(source)))
-  if options.get('path'):
-    return tokenizer.get(texts=texts, **options)
-  key = json.dumps([options, source.fingerprint], sort_keys=True)
-  digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-  directory = epath.Path(config['cache']).expanduser() / 'tokenizers' / digest
-  if not directory.exists():
-    with store.lock(directory):
-      if not directory.exists():
-        print(f'training the tokenizer {options["name"]} on {source.spec}', flush=True)
-        _keep(tokenizer.get(texts=texts, **options), directory)
-  return tokenizer.load(str(directory))
-
-
-def _keep(made: Tokenizer, directory: epath.Path) -> None:
-  scratch = epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp')
-  scratch.mkdir(parents=True)
-  made.save(str(scratch))
-  try:
-    scratch.rename(directory)
-  except OSError:  # another run made it at the same time
-    scratch.rmtree()

@@ -19,6 +19,7 @@ FLOORS = [
     [
       *(
         'errors',
+        'terminal',
         'schema',
         'sweep',
         'config',
@@ -36,7 +37,7 @@ FLOORS = [
   [
     [
       *('data.streams', 'data.files', 'data.python_corpus', 'data.sources'),
-      *('data.pieces', 'data.tokenizer', 'data.building', 'data.store', 'data.pack'),
+      *('data.pieces', 'data.tokenizer', 'data.cache', 'data.building', 'data.store', 'data.pack'),
     ],
     ['data.corrupt', 'data.loader'],
     [

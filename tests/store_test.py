@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from lmjax.data import building, sources, store, tokenizer
+from lmjax.data import building, cache, sources, store, tokenizer
 from lmjax.errors import StorageError, UserError
 
 BYTES = tokenizer.get('bytes', ())
@@ -105,7 +105,7 @@ def test_of_two_that_build_one_store_the_other_waits(source, tmp_path, monkeypat
 
   monkeypatch.setattr(building, 'build_shards', slowly)
   if not locks:
-    monkeypatch.setattr(store.fcntl, 'flock', no_locks)
+    monkeypatch.setattr(cache.fcntl, 'flock', no_locks)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     built = list(pool.map(lambda _: store.build(source, BYTES, str(tmp_path)), range(2)))
   assert len(began) == (1 if locks else 2)
@@ -127,7 +127,7 @@ def test_an_interrupted_build_goes_on(source, tmp_path, monkeypatch, locks):
   for scratch in left:
     scratch.mkdir()
   if not locks:
-    monkeypatch.setattr(store.fcntl, 'flock', no_locks)
+    monkeypatch.setattr(cache.fcntl, 'flock', no_locks)
   read = []
 
   class Watched:
@@ -167,6 +167,17 @@ DAMAGE = {
   'emptied': (lambda path: path.write_bytes(b''), r'0 of \d+ bytes'),
   'deleted': (pathlib.Path.unlink, 'No such file or directory'),
 }
+
+
+def test_what_was_no_text_is_counted_and_said_at_every_start(tmp_path, capsys):
+  lines = [b'fine'] * 2000
+  lines[7], lines[1500], lines[1900] = b'\xff\xff', 'caf\ufffd'.encode(), b'\xc3\xa9'
+  (tmp_path / 'a.txt').write_bytes(b'\n'.join(lines))
+  source = sources.open_source(str(tmp_path / 'a.txt'), document='line')
+  for _ in range(2):
+    assert store.build(source, BYTES, str(tmp_path)).replaced == (3, 2)
+    said = 'a.txt: 3 characters, in 2 of 2,000 documents, were not UTF-8 and read as U+FFFD'
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('kind', DAMAGE)

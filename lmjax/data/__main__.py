@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from lmjax import command, config, experiment
 from lmjax.errors import UserError
+from lmjax.terminal import say
 
 
 def build(parts: experiment.Experiment) -> None:
@@ -74,7 +75,7 @@ if __name__ == '__main__':
     print(__doc__)
     sys.exit()
   if sys.argv[1:2] not in (['build'], ['show']):
-    print('lmjax: say what to do: build or show', file=sys.stderr)
+    say('say what to do: build or show')
     sys.exit(2)
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_integer('rows', 3, 'How many rows to show.')

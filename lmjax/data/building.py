@@ -18,7 +18,7 @@ from lmjax.data.pieces import Tokenizer
 from lmjax.data.sources import Source
 from lmjax.errors import UserError
 
-ARRAYS = ('tokens', 'documents', 'sentences', 'bytes')  # the files of a shard
+ARRAYS = ('tokens', 'documents', 'sentences', 'bytes', 'replaced')  # the files of a shard
 DOCUMENTS_PER_SHARD = 50_000
 LEFT = ('shard-*.tmp', 'shard-*.damaged')  # what is there for a moment only
 LONGEST_SENTENCE = 10_000  # characters; text without an end of sentence is cut there
@@ -113,7 +113,7 @@ def _build_shard(source, tokenizer, path: str, start: int, stop: int) -> None:
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
-  """What a shard holds of the texts: tokens, documents, sentences, bytes."""
+  """What a shard holds of the texts: an array for each of ARRAYS."""
   dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
   chunks, documents, sentences, total = [], [], [], 0
   for text in texts:
@@ -127,4 +127,5 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, ...]
     total += 1
   tokens = np.concatenate(chunks) if chunks else np.zeros(0, dtype)
   sizes = [len(text.encode()) for text in texts]
-  return tokens, *(np.array(x, np.int64) for x in (documents, sentences, sizes))
+  replaced = [text.count('\ufffd') for text in texts]
+  return tokens, *(np.array(x, np.int64) for x in (documents, sentences, sizes, replaced))

@@ -21,6 +21,7 @@ from lmjax.errors import UserError
 
 MAX_LINE = 32 << 20  # bytes
 _HEAD = 64 << 10  # bytes of each text file that are looked at before anything else
+_ODD = 1e-3  # where more than this is not UTF-8, the text is of another encoding
 _MAGIC = (
   (b'%PDF-', 'a PDF'),
   (b'PK\3\4', 'a zip archive'),
@@ -72,7 +73,7 @@ class FileSource:
       group = bisect.bisect_right(spans, i) - 1
       return _row_group(file, group, self.text_key)[i - spans[group]]
     start, end = spans[2 * i : 2 * i + 2]
-    text = _decode(streams.read(file, start, end), file, start)
+    text = _decode(streams.read(file, start, end), start)
     if file.unit == 'jsonl':
       return _json_text(text, f'{file.path}: document {i}', self.text_key)
     return text
@@ -180,7 +181,7 @@ def _index_lines(file: File, text_key: str) -> array.array:
   spans = array.array('q')
   inside = False  # a paragraph
   for number, start, line in _lines(file):
-    text = _decode(line, file, start)
+    text = _decode(line, start)
     end = start + len(line.removesuffix(b'\n').removesuffix(b'\r'))
     if not text or text.isspace():
       inside = False
@@ -222,16 +223,18 @@ def _check_head(file: File) -> None:
     # The cut may go through a character: leave out all from the last byte that begins one.
     last = (i for i in range(_HEAD - 1, _HEAD - 5, -1) if head[i] & 0xC0 != 0x80)
     head = head[: next(last, _HEAD)]
-  _decode(head, file, 0)
-
-
-def _decode(data: bytes, file: File, start: int) -> str:
   try:
-    text = data.decode()
+    head.decode()
   except UnicodeDecodeError as e:
-    raise UserError(
-      f'{file.path}: byte {start + e.start} ({data[e.start]:#04x}) is not UTF-8; convert the file'
-    ) from e
+    if (odd := streams.decoded(head).count('\ufffd')) > _ODD * len(head):
+      raise UserError(
+        f'{file.path}: byte {e.start} ({head[e.start]:#04x}) is not UTF-8, as {odd} characters of '
+        f'its first {len(head)} bytes are not; convert the file'
+      ) from e
+
+
+def _decode(data: bytes, start: int) -> str:
+  text = streams.decoded(data)
   return text if start else text.removeprefix('\ufeff')  # the byte order mark
 
 
@@ -250,11 +253,7 @@ def _json_text(line: str, where: str, key: str) -> str:
   if not isinstance(text, str):
     kind = type(text).__name__
     raise UserError(f'{where}: "{key}" is not a string but a {kind}; mend it or set text_key')
-  try:
-    text.encode()
-  except UnicodeEncodeError as e:
-    raise UserError(f'{where}: "{key}" has half a surrogate pair at character {e.start}') from e
-  return text
+  return streams.valid(text)
 
 
 # ---- Parquet ------------------------------------------------------------------------------------
@@ -283,11 +282,12 @@ def _index_parquet(file: File, key: str) -> array.array:
 @functools.lru_cache(maxsize=4)
 def _row_group(file: File, group: int, key: str) -> list[str]:
   with _parquet(file) as parquet:
-    texts = parquet.read_row_group(group, columns=[key]).column(0).to_pylist()
+    column = parquet.read_row_group(group, columns=[key]).column(0)
+    texts = column.cast('large_string').cast('large_binary').to_pylist()
   if None in texts:
     row = f'row {texts.index(None)} of row group {group}'
     raise UserError(f'{file.path}: {row} has no "{key}"; drop the rows without')
-  return texts
+  return [streams.decoded(text) for text in texts]
 
 
 @contextlib.contextmanager
@@ -296,5 +296,5 @@ def _parquet(file: File) -> Iterator[Any]:
   try:
     with streams.blaming(file.path), streams.open_file(file) as f:
       yield pq.ParquetFile(f, page_checksum_verification=True)
-  except (pa.ArrowException, UnicodeDecodeError) as e:
+  except pa.ArrowException as e:
     raise UserError(f'{file.path}: damaged Parquet ({e}); fetch or write it again') from e

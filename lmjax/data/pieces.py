@@ -111,7 +111,7 @@ class SentencePiece(Tokenizer):
     self.lossless = self.decode(self.encode(probe)) == probe
 
   def encode(self, text: str) -> list[int]:
-    text = valid(text)
+    text = streams.valid(text)
     if not self._block or '▁' not in text:
       return self._sp.encode(text)
     first, *rest = map(self._sp.encode, text.split('▁'))
@@ -145,7 +145,7 @@ class WordPiece(Tokenizer):
 
   def encode(self, text: str) -> list[int]:
     ids: list[int] = []
-    for word in split_words(valid(text), self._clean, self.options['lowercase']):
+    for word in split_words(streams.valid(text), self._clean, self.options['lowercase']):
       ids += self._word(word) if len(word) <= 200 else (self.unk,)
     return ids
 
@@ -180,7 +180,7 @@ class Characters(Tokenizer):
     self._table[[ord(c) for c in characters]] = range(5, len(pieces))
 
   def encode(self, text: str) -> list[int]:
-    return self._table[np.frombuffer(valid(text).encode('utf-32-le'), np.uint32)].tolist()
+    return self._table[np.frombuffer(streams.valid(text).encode('utf-32-le'), np.uint32)].tolist()
 
   def _join(self, ids: list[int]) -> str:
     return ''.join(self.pieces[i] for i in ids)
@@ -195,7 +195,7 @@ class Bytes(Characters):
   lossless = True
 
   def encode(self, text: str) -> list[int]:
-    return super().encode(valid(text).encode().decode('latin-1'))
+    return super().encode(streams.valid(text).encode().decode('latin-1'))
 
   def _join(self, ids: list[int]) -> str:
     return super()._join(ids).encode('latin-1').decode(errors='replace')
@@ -214,10 +214,6 @@ def fingerprint_of(name: str, model: bytes, options: dict[str, Any]) -> str:
 def as_path(directory: str | os.PathLike[str]) -> Any:
   """Of a local disk or a bucket; path objects stay what they are."""
   return streams.path(directory) if isinstance(directory, str) else directory
-
-
-def valid(text: str) -> str:
-  return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
 class Cleaner(dict):

@@ -10,6 +10,7 @@
   one object a line, `.parquet` rows, anything else UTF-8 text; `.gz` or `.zst` may follow.
 
 Sources are picklable, so that worker processes can read them.  A document may be an empty string.
+What is not UTF-8 in one reads as U+FFFD; a file that begins with much of it is refused.
 """
 
 import dataclasses
@@ -61,8 +62,8 @@ def open_source(
 
   Raises:
     UserError: nothing there, not readable, not text, not in the announced format, or no text in it.
-      JSON and compressed files and those split in lines are read through here; of other files only
-      the beginning, and a mistake further in is raised by reading the document.
+      JSON and compressed files and those split in lines are read through here, of other files only
+      the beginning.
   """
   if document not in DOCUMENTS:
     raise UserError(f'document="{document}" is unknown{did_you_mean(document, DOCUMENTS)}')
@@ -98,12 +99,7 @@ class TfdsSource:
     if not 0 <= i < len(self):
       raise IndexError(f'{self.spec}: no document {i} of {len(self)}')
     text = self.records[i][self.text_key]
-    try:
-      return text.decode() if isinstance(text, bytes) else text
-    except UnicodeDecodeError as e:
-      raise UserError(
-        f'{self.spec}: byte {e.start} of "{self.text_key}" in example {i} is not UTF-8'
-      ) from e
+    return streams.decoded(text) if isinstance(text, bytes) else text
 
 
 def _open_python(spec: str, cache: str) -> TfdsSource:

@@ -6,6 +6,7 @@ A store is a directory, keyed by the fingerprints of its source and tokenizer:
   shard-00000/documents.npy   int64, where each document begins in tokens.npy
   shard-00000/sentences.npy   int64, where each sentence begins
   shard-00000/bytes.npy       int64, the length of each document's text in UTF-8
+  shard-00000/replaced.npy    int64, how many of its characters stand for what is not UTF-8
   store.json                  totals, fingerprints, checksums; written last: with it, it is whole
 
 Shards are built in parallel, each in a directory that is renamed when done, so that an interrupted
@@ -15,28 +16,27 @@ build goes on where it stopped.  One whose files are not what was written is bui
 import bisect
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
-import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lmjax import jsonio
-from lmjax.data import building
+from lmjax.data import building, cache
 from lmjax.data.building import ARRAYS
 from lmjax.data.pieces import Tokenizer
 from lmjax.data.sources import Source
 from lmjax.errors import StorageError, UserError
+from lmjax.terminal import say
 
-FORMAT = 2
+FORMAT = 3
 AT_ONCE = 2 << 30  # bytes that are checked before a store is used; larger ones beside its use
 
 
@@ -57,6 +57,7 @@ class Store:
   sentences: np.ndarray
   num_bytes: int  # of the original text, in UTF-8
   digest: str  # identity of the content: equal stores hold equal tokens
+  replaced: tuple[int, int] = (0, 0)  # characters that stand for what is not UTF-8; documents
   path: str = ''
   damage: Sequence[str] = ()  # what a check has found that runs beside
 
@@ -88,26 +89,33 @@ class Store:
     return np.concatenate([self.read(start, middle), self.read(middle, stop)])
 
 
-def build(source: Source, tokenizer: Tokenizer, cache: str) -> Store:
-  """The store of `source` under `tokenizer` in `cache`, built as far as it is not there yet.
+def build(source: Source, tokenizer: Tokenizer, place: str) -> Store:
+  """The store of `source` under `tokenizer` in the cache at `place`, built where it is not there.
 
   Raises:
     UserError: a source without text, or one whose records cannot be read.
   """
   key = f'{FORMAT} {source.fingerprint} {tokenizer.fingerprint}'
-  directory = epath.Path(cache).expanduser() / 'stores' / _hash(key.encode())
+  directory = epath.Path(place).expanduser() / 'stores' / _hash(key.encode())
   if not (directory / 'store.json').exists():
-    with lock(directory) as alone:
+    with cache.lock(directory) as alone:
       if not (directory / 'store.json').exists():
         building.build_shards(source, tokenizer, directory, alone)
         _commit(source, tokenizer, directory)
   try:
-    return open_store(str(directory), tokenizer)
+    store = open_store(str(directory), tokenizer)
   except DamagedStore as e:
-    print(f'lmjax: {e}: built again', file=sys.stderr, flush=True)
-  with lock(directory) as alone:
-    _rebuild(source, tokenizer, directory, alone)
-  return open_store(str(directory), tokenizer)
+    say(f'{e}: built again')
+    with cache.lock(directory) as alone:
+      _rebuild(source, tokenizer, directory, alone)
+    store = open_store(str(directory), tokenizer)
+  if store.replaced[0]:
+    characters, documents = store.replaced
+    say(
+      f'{source.spec}: {characters:,} characters, in {documents:,} of {store.num_documents:,} '
+      'documents, were not UTF-8 and read as U+FFFD'
+    )
+  return store
 
 
 def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path, alone: bool) -> None:
@@ -132,33 +140,6 @@ def _rebuild(source: Source, tokenizer: Tokenizer, directory: epath.Path, alone:
       f'{source.spec} gives other tokens than those of the store {directory}, of which a part was '
       f'damaged ({meta["digest"]}, now {now}): a run that began with it cannot go on'
     )
-
-
-@contextlib.contextmanager
-def lock(directory: epath.Path) -> Iterator[bool]:
-  """Of the processes that see one disk, only one at a time is in here, to make `directory`.
-
-  False where there are no locks, as in buckets: there each makes it, and the last rename decides.
-  """
-  if '://' in str(directory):
-    yield False
-    return
-  try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    file = open(f'{directory}.lock', 'w')  # noqa: SIM115
-  except OSError as e:
-    where = f'cannot keep anything in {directory.parent}'
-    raise UserError(f'{where}: {e.strerror}: choose a cache') from e
-  with file:
-    alone = True
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f'waiting for another process that makes {directory}', flush=True)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-      alone = False
-    yield alone
 
 
 def open_store(path: str, tokenizer: Tokenizer) -> Store:
@@ -204,6 +185,7 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
     sentences=np.concatenate(sentences),
     num_bytes=meta['bytes'],
     digest=meta['digest'],
+    replaced=tuple(meta['replaced']),
     path=path,
     damage=damage,
   )
@@ -211,7 +193,7 @@ def open_store(path: str, tokenizer: Tokenizer) -> Store:
 
 def from_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Store:
   """A small store in memory."""
-  tokens, documents, sentences, sizes = building.encode(texts, tokenizer)
+  tokens, documents, sentences, sizes, _ = building.encode(texts, tokenizer)
   ends = np.append(documents, len(tokens))
   return Store([tokens], ends, sentences, int(sizes.sum()), _hash(tokens.tobytes()))
 
@@ -220,6 +202,7 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
   shards = sorted(p for p in directory.iterdir() if re.fullmatch(r'shard-\d+', p.name))
   tokens = [_load(shard / 'tokens.npy') for shard in shards]
   sizes = [_load(shard / 'bytes.npy') for shard in shards]
+  replaced = np.concatenate([_load(shard / 'replaced.npy') for shard in shards])
   meta = {
     'format': FORMAT,
     'source': source.fingerprint,
@@ -229,6 +212,7 @@ def _commit(source, tokenizer, directory: epath.Path) -> None:
     'tokens': sum(map(len, tokens)),
     'documents': sum(map(len, sizes)),
     'bytes': int(sum(s.sum() for s in sizes)),
+    'replaced': [int(replaced.sum()), int((replaced > 0).sum())],
     'digest': _hash(*(np.ascontiguousarray(t) for t in tokens)),
     'files': {
       shard.name: {name: _checksum(shard / f'{name}.npy') for name in ARRAYS} for shard in shards

@@ -71,6 +71,16 @@ def blaming(name: str) -> Iterator[None]:
     raise UserError(f'{name}: cannot be read ({e}); check it or fetch it again') from e
 
 
+def decoded(data: bytes) -> str:
+  """The text that is UTF-8; what is none reads as U+FFFD, which a token store counts."""
+  return data.decode(errors='replace')
+
+
+def valid(text: str) -> str:
+  """The same, with U+FFFD for halves of surrogate pairs."""
+  return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
 def require(name: str) -> Any:
   """An optional or slow library, imported where it is needed."""
   try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lmjax import jsonio
 from lmjax.config import did_you_mean
+from lmjax.data import streams
 from lmjax.data.pieces import (
   SPECIALS,
   Bytes,
@@ -25,7 +26,6 @@ from lmjax.data.pieces import (
   build,
   fingerprint_of,
   split_words,
-  valid,
 )
 from lmjax.errors import UserError
 
@@ -33,6 +33,7 @@ Texts = Iterable[str] | Callable[[], Iterable[str]]
 # A line break with its indentation is one token: source code gets faster and no longer, and no
 # punctuation melts into the break.
 _BREAKS = ['\n\n', '\n\t', *('\n' + '▁' * n for n in (0, 2, 4, 6, 8, 12, 16, 20))]
+_REMEDY = ': without it, training makes it again'
 _CHUNK = re.compile('.{0,4095}\n|.{1,4096}', re.DOTALL)  # whole lines, as many as fit
 
 
@@ -128,7 +129,7 @@ def characters(
   """The distinct characters of all the texts, by code point."""
   if path:
     return _from_file(Characters, path, 0)
-  found = set[str]().union(*map(valid, texts() if callable(texts) else texts))
+  found = set[str]().union(*map(streams.valid, texts() if callable(texts) else texts))
   if not found:
     raise UserError('there is no text to take characters from')
   return Characters(''.join(found).encode())
@@ -177,12 +178,11 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
     if fingerprint_of(*made) == about['fingerprint']:
       return build(*made)
   except OSError as error:
-    raise UserError(
-      f'no tokenizer can be read in {directory}: {error.strerror}; in a cache, remove the directory'
-    ) from error
+    why = f'cannot be read ({error.strerror})'
+    raise UserError(f'the tokenizer in {directory} {why}{_REMEDY}') from error
   except (ValueError, KeyError, TypeError):
     pass
-  raise UserError(f'the tokenizer in {directory} is damaged; remove it to have it built again')
+  raise UserError(f'the tokenizer in {directory} is damaged{_REMEDY}')
 
 
 def _from_file(kind: type, path: str, vocab_size: int, **options: Any) -> Any:
@@ -218,7 +218,7 @@ def _sample(texts: Texts, vocab_size: int, megabytes: float) -> list[str]:
   documents = texts() if callable(texts) else texts
   for n, found in enumerate(found for text in documents for found in _CHUNK.finditer(text)):
     if n % stride == 0:
-      kept.append(valid(found[0]))
+      kept.append(streams.valid(found[0]))
       size += len(kept[-1].encode())
     while size > megabytes * 1e6 and len(kept) > 1:
       kept, stride = kept[::2], stride * 2
