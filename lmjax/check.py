@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from lmjax import command, config, record
 from lmjax.errors import UserError
+from lmjax.terminal import say
 
 LIMIT = 1e-5  # relative, of the losses on other devices
 EXPERIMENT = """import json, pathlib
@@ -95,13 +96,14 @@ def _holds_elsewhere(at: pathlib.Path, exact: bool) -> bool:
   )
   worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
   exact &= min(count, other) > 1  # one device alone rounds in its own way, in bfloat16
-  states = [record.final_state(at / name) for name in ('straight', 'moved')]
+  same = record.final_state(at / 'straight') == record.final_state(at / 'moved')
+  state = 'the same' if same else 'ANOTHER' if exact else 'as rounding has it, another'
   print(
     f'killed when step {killed} was logged, and on with {other} instead of {count} device(s): '
     f'{"the same" if batches[0] == batches[1] else "OTHER"} batches; losses differ by {worst:.1e}, '
-    f'of {LIMIT:.0e}; {"the same" if states[0] == states[1] else "another"} state'
+    f'of {LIMIT:.0e}; {state} state'
   )
-  return batches[0] == batches[1] and worst <= LIMIT and (states[0] == states[1] or not exact)
+  return batches[0] == batches[1] and worst <= LIMIT and (same or not exact)
 
 
 def run(
@@ -152,7 +154,8 @@ def main() -> None:
   if f.steps < 4:
     raise UserError(f'--steps={f.steps} must be at least 4')
   if not resume(config.resolve(f.config), f.steps, f.kills):
-    sys.exit(1)
+    sys.exit('lmjax: a run that is taken up is not the one that was never stopped: see above')
+  print('a run that is taken up is the one that was never stopped')
 
 
 if __name__ == '__main__':
@@ -160,7 +163,7 @@ if __name__ == '__main__':
     print(__doc__)
     sys.exit()
   if sys.argv[1:2] != ['resume']:
-    print('lmjax: say what to check: resume', file=sys.stderr)
+    say('say what to check: resume')
     sys.exit(2)
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_integer('steps', 12, 'How long the runs are.')

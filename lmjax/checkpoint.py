@@ -19,6 +19,7 @@ from etils import epath
 from lmjax import disk, fingerprint, offload, processes, steps
 from lmjax.errors import StorageError, UserError
 from lmjax.steps import Damaged, Steps
+from lmjax.terminal import say
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -46,7 +47,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     regular: int = 0,
     keep_best: str = '',
     read_only: bool = False,
-    warn: Callable[[str], None] = steps.warn,
+    warn: Callable[[str], None] = say,
   ):
     if keep_last < 1 or keep_every < 0:
       raise UserError(f'keep_last={keep_last} is below 1 or keep_every={keep_every} is below 0')

@@ -15,10 +15,12 @@ from absl import app, flags
 
 from lmjax import config, processes
 from lmjax.errors import Restart, StorageError, UserError
+from lmjax.terminal import say
 
 _ENDS = {
   signal.SIGTERM: (Restart.exit_code, 'stopped by SIGTERM'),
-  signal.SIGINT: (130, 'interrupted; what was saved is kept'),
+  signal.SIGHUP: (Restart.exit_code, 'stopped by SIGHUP'),  # the terminal is gone
+  signal.SIGINT: (130, 'interrupted'),
 }
 _children: list[subprocess.Popen] = []
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -38,7 +40,7 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
 
 
 def hear_signals() -> None:
-  """From here on SIGTERM and SIGINT end the process, at once and from a thread of their own.
+  """From here on these signals end the process, at once and from a thread of their own.
 
   An exception that a handler raises is lost where Python is in a callback of its garbage collector,
   waits for what a library computes, and lets XLA crash where it compiles while Python goes.
@@ -61,7 +63,7 @@ def _listen(ear: socket.socket, mouth: socket.socket) -> None:
 def end(number: int) -> NoReturn:
   """Ends all processes of this run, and those that this one has begun, as a signal asks for."""
   code, why = _ENDS[number]
-  print(f'lmjax: {why}', file=sys.stderr, flush=True)
+  say(why)
   for process in _children:
     process.kill()
   processes.leave(code, why)
@@ -82,19 +84,21 @@ def child(process: subprocess.Popen) -> Iterator[None]:
 def _explain(error: BaseException) -> int:
   """Says on stderr what has ended a command; returns its exit code."""
   if hasattr(error, 'exit_code'):
-    print(f'lmjax: {error}', file=sys.stderr)
+    say(str(error))
     return error.exit_code
   if isinstance(error, OSError) and error.errno in _STORAGE:
-    print(f'lmjax: storage: {error}', file=sys.stderr)
+    say(f'storage: {error}')
     return StorageError.exit_code
   traceback.print_exception(error)  # a bug of ours
   return 1
 
 
 def define_process_flags() -> None:
-  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where several processes meet.')
-  flags.DEFINE_integer('processes', None, 'How many there are.  TPU pods and SLURM say it.')
-  flags.DEFINE_integer('process', None, 'The number of this one, from 0.')
+  main = {'module_name': sys.argv[0]}  # whose flags --help shows
+  where = 'HOST:PORT of process 0, where several processes meet.'
+  flags.DEFINE_string('coordinator', '', where, **main)
+  flags.DEFINE_integer('processes', None, 'How many there are.  TPU pods and SLURM say it.', **main)
+  flags.DEFINE_integer('process', None, 'The number of this one, from 0.', **main)
 
 
 @contextlib.contextmanager

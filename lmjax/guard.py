@@ -22,6 +22,7 @@ from etils import epath
 
 from lmjax import fingerprint, jsonio, processes
 from lmjax.errors import NonFinite, Restart, UserError
+from lmjax.terminal import say
 
 ACTIONS = ('stop', 'skip', 'roll_back')
 WINDOW = 128  # accepted losses that a spike is measured by; none is found before there are so many
@@ -42,9 +43,11 @@ def judge(
   squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)]
   norm = jnp.sqrt(sum(squares))
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-  spike = finite & (count >= WINDOW) & (loss > losses.mean() + deviations * losses.std())
+  limit = losses.mean() + deviations * losses.std()
+  spike = finite & (count >= WINDOW) & (loss > limit)
   taken = finite & ~spike
-  found = {'taken': taken, 'spike': spike, 'loss': loss, 'squares': jnp.stack(squares)}
+  found = {'taken': taken, 'spike': spike, 'loss': loss, 'limit': limit}
+  found['squares'] = jnp.stack(squares)
   return taken, norm, found
 
 
@@ -111,6 +114,8 @@ class Guard:
 
   def begin(self) -> None:
     """Keeps what is replayed."""
+    if self._events and processes.index() == 0 and not self._file.exists():
+      say(f'{len(self._events)} decisions of {self._options["replay"]} hold here too')
     self._write()
 
   @property
@@ -156,7 +161,11 @@ class Guard:
       self._history.append(loss)
       return True
     before = ', '.join(f'{x:.4g}' for x in self._history) or 'none'
-    why = f'the loss is {loss:.6g}; the losses before it were {before}'
+    why = f'the loss is {loss:.6g}'
+    if found['spike']:
+      n = self._options['deviations']
+      why += f', above {found["limit"]:.6g} ({n:g} deviations above the mean of the last {WINDOW})'
+    why += f'; the losses before it were {before}'
     bad = [
       name for name, x in zip(self._names, found['squares'], strict=True) if not math.isfinite(x)
     ]
@@ -191,6 +200,8 @@ class Guard:
     if action == 'stop':
       kept = f'checkpoint {saved[-1]} is the last good one' if saved else 'no checkpoint was saved'
       raise NonFinite(f'step {step}: {why}; {kept} in {self._path}')
+    if action == 'skip' and processes.index() == 0:
+      say(f'step {step}: {why}; batch {event["batch"]} is skipped')
     if action == 'roll_back':
       raise RollBack(f'step {step}: {why}; going back to step {event["to"]}')
 

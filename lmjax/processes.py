@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from lmjax import rollcall
 from lmjax.errors import UserError
 from lmjax.rollcall import ARRIVAL
+from lmjax.terminal import say
 
 # JAX takes a host for lost after so many seconds of silence, which a migrating machine or a switch
 # that fails over may need.  A process that dies is noticed at once, as its line is closed.
@@ -250,7 +251,7 @@ class _Line:
   def _lost(self, code: int, why: str) -> None:
     # The main thread may be inside a collective operation, where no exception reaches it.
     if not self.closing and self._leaving.acquire(blocking=False):
-      print(f'lmjax: {why}', file=sys.stderr, flush=True)
+      say(why)
       self._leave(code, why)
 
   def _leave(self, code: int, why: str) -> NoReturn:

@@ -17,6 +17,7 @@ from etils import epath
 
 from lmjax import jsonio
 from lmjax.errors import UserError
+from lmjax.terminal import say
 
 _CADENCES = ('log', 'checkpoint', 'evaluate')  # at each, losses so far are written
 _SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data')
@@ -104,6 +105,8 @@ def diff(first: str, second: str) -> Iterator[str]:
   decided = [lines(run, 'events.jsonl') for run in runs]
   if decided[0] != decided[1]:
     x, y = next(pair for pair in itertools.zip_longest(*decided) if pair[0] != pair[1])
+    said = lambda e: f'{e.get("event")} of step {e.get("step")} ({e.get("why")})'
+    x, y = (said(e) if e else 'none' for e in (x, y))
     yield f'event: the first that differs is {x} | {y}'
   ledgers = [lines(run, 'ledger.jsonl') for run in runs]
   whole = all(map(final_state, runs))  # of a run that is at work, the rest is still to come
@@ -194,7 +197,7 @@ def main() -> None:
   try:
     said = list(diff(*sys.argv[2:]))
   except UserError as e:
-    print(f'lmjax: {e}', file=sys.stderr)
+    say(str(e))
     sys.exit(2)
   print('\n'.join(said) or verdict(*sys.argv[2:]))
   if said and (x := final_state(sys.argv[2])) and x == final_state(sys.argv[3]):

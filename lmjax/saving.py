@@ -1,7 +1,6 @@
 """The checkpoints of a run: what identifies them, and which of them a run outlives."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from etils import epath
 from lmjax import guard, jsonio, metrics, processes, record, workdir
 from lmjax.checkpoint import Checkpoints
 from lmjax.errors import StorageError, UserError
+from lmjax.terminal import say
 
 FRESH = {'held': [], 'evaluated': True, 'productive': 0.0}  # see metrics.Log, goodput.Clock
 
@@ -109,4 +109,4 @@ def _outlived(then: str = '; training goes on') -> Iterator[None]:
     yield
   except StorageError as e:
     if processes.index() == 0:
-      print(f'lmjax: {e}{then}', file=sys.stderr, flush=True)
+      say(f'{e}{then}')

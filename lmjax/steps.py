@@ -9,7 +9,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from etils import epath
 
 from lmjax import jsonio, processes
 from lmjax.errors import StorageError, UserError
+from lmjax.terminal import say
 
 FORMAT = 1  # of a step's directory; every older one can be read as well
 QUARANTINE = 'quarantine'
@@ -28,14 +28,10 @@ class Damaged(Exception):
   """What is wrong with a step, in words."""
 
 
-def warn(text: str) -> None:
-  print(f'lmjax: {text}', file=sys.stderr, flush=True)
-
-
 class Steps:
   """The steps in a directory.  What is damaged is moved aside, or with `read_only` passed over."""
 
-  def __init__(self, directory: epath.Path, read_only: bool, warn: Callable[[str], None] = warn):
+  def __init__(self, directory: epath.Path, read_only: bool, warn: Callable[[str], None] = say):
     self.directory, self._read_only, self._warn = directory, read_only, warn
     if not read_only and processes.index() == 0:
       directory.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""How a run is asked to stop, and by whom: SIGTERM or SIGINT, to one or to any of its processes,
-or Google's notice that it takes the machine of a TPU away.
+"""How a run is asked to stop, and by whom: SIGTERM, SIGHUP or SIGINT to any of its processes, or
+Google's notice that it takes the machine of a TPU away.
 
 All processes stop after the same step.  The one that is asked says so to process 0, which asks all
 how far they are; these wait there until they hear which step is the last.
@@ -22,6 +22,7 @@ import jax
 
 from lmjax import command, processes
 from lmjax.errors import Restart
+from lmjax.terminal import say
 
 RETRY = 10.0  # seconds until a metadata server that has not answered is asked again
 PATIENCE = 60.0  # seconds without a step, at least, before a run is taken for stuck
@@ -56,6 +57,8 @@ class Stop(contextlib.AbstractContextManager):
       # A notebook's interrupt before there is anything to save is Python's; a command's ends it.
       self._interrupts = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
       self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+      if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        self._former[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: None)
       self._thread = threading.Thread(target=self._listen, name='signals', daemon=True)
       self._thread.start()
     return self
@@ -99,18 +102,18 @@ class Stop(contextlib.AbstractContextManager):
       number = heard[0]
       if number == signal.SIGINT and not self._begun and self._interrupts:
         command.end(number)
-      if number != signal.SIGTERM and not (self._begun and number == signal.SIGINT):
+      if number not in self._former:
         continue
       self._count += 1
       name = signal.Signals(number).name
       if not self._begun:
-        _say(f'stopped by {name} before the first step: nothing is lost; start it again')
+        say(f'stopped by {name} before the first step: nothing is lost; start it again')
         processes.leave(Restart.exit_code, f'stopped by {name}')
       if self._count == 1:
-        _say(f'{name}: stopping after this step, which will be saved')
+        say(f'{name}: stopping after this step, which will be saved')
         self._ask(name)
       if self._count > 2:
-        _say(f'{name} for the third time: leaving at once, without what is not saved yet')
+        say(f'{name} for the third time: leaving at once, without what is not saved yet')
         os._exit(Restart.exit_code)
 
   def _await_notice(self) -> None:
@@ -130,7 +133,7 @@ class Stop(contextlib.AbstractContextManager):
       # Without an answer there is still the signal, a little later.
       known = f'?wait_for_change=true&timeout_sec=60&last_etag={tag}' if tag else ''
       if noticed and not self._left.is_set():
-        _say('this machine is to be taken away: stopping after this step, which will be saved')
+        say('this machine is to be taken away: stopping after this step, which will be saved')
         self._ask('a preemption notice')
         return
       if not tag:
@@ -213,9 +216,5 @@ class Watchdog(contextlib.AbstractContextManager):
       if since is not None and time.monotonic() - since > limit:
         why = f'a step has taken more than {limit:.0f} s: stuck; start it again'
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        _say(why)
+        say(why)
         processes.leave(Restart.exit_code, why)
-
-
-def _say(text: str) -> None:
-  print(f'lmjax: {text}', file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +35,7 @@ from lmjax.experiment import Experiment
 from lmjax.saving import Saving
 from lmjax.state import TrainState, averaged, init_state, share_whole, warm_start
 from lmjax.step import lower, make_step
+from lmjax.terminal import say
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = '') -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _run(
       try:
         return _train(parts, mesh, path, digests, window, stop, clock)
       except guard.RollBack as e:
-        print(f'lmjax: {e}', file=sys.stderr, flush=True)
+        say(str(e))
 
 
 def _train(

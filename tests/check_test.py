@@ -19,6 +19,7 @@ def test_an_experiment_that_resumes_exactly(tiny, tmp_path):
   assert re.search(r'^4 steps without a stop: state [0-9a-f]{16}$', said, re.M)
   assert re.search(r'^killed when step \d was logged$', said, re.M)
   assert 'the runs are the same: every batch, every loss, and the state at the end' in said
+  assert said.endswith('\na run that is taken up is the one that was never stopped\n')
   assert re.search(
     r'on with 2 instead of 4 device\(s\): the same batches; losses differ by \d', said
   )
@@ -68,8 +69,12 @@ def runs(monkeypatch):
 )
 def test_what_is_not_as_promised_is_seen(runs, harm, holds, capsys):
   assert runs(**harm) == holds
+  said = capsys.readouterr().out
   if not holds and 'broken' in str(harm):
-    assert 'the runs are the same' not in capsys.readouterr().out
+    assert 'the runs are the same' not in said
+  state = {'exact': 'ANOTHER state', 'state': 'as rounding has it, another state'}
+  if 'moved' in harm.get('state', {}):
+    assert state['exact' if 'exact' in harm else 'state'] in said
 
 
 def test_an_experiment_is_shortened_where_its_schedule_allows():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 
 import jax
@@ -202,11 +203,13 @@ def test_a_run_stops_where_nothing_else_is_asked_for(tiny, tmp_path, monkeypatch
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['3']
 
 
-def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, monkeypatch, capsys):
   c = tiny(**STEPS, **{'guard.on_bad': 'skip'})
   with monkeypatch.context() as patch:
     fault(patch, [3, 4])
     result = train.run(c, str(tmp_path / 'straight'))
+    said = r'lmjax: step 4: the loss is nan; .*; batch 3 is skipped\nlmjax: step 5: '
+    assert re.search(said, capsys.readouterr().err)
     assert result['decisions'] == {'skip': 2, 'roll_back': 0}
     assert events(tmp_path / 'straight') == [('skip', 4, 3), ('skip', 5, 4)]
     written = lines(tmp_path / 'straight', 'metrics')
@@ -226,7 +229,7 @@ def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
 
 
 def test_what_was_decided_is_done_again_where_the_fault_does_not_come_again(
-  tiny, tmp_path, monkeypatch
+  tiny, tmp_path, monkeypatch, capsys
 ):
   """As that of a device; the run goes on from before it, and another replays its events."""
   c = tiny(**STEPS, **{'guard.on_bad': 'skip'})
@@ -245,6 +248,7 @@ def test_what_was_decided_is_done_again_where_the_fault_does_not_come_again(
   log = str(tmp_path / 'straight' / 'events.jsonl')
   replayed = train.run({**c, 'guard': {**c['guard'], 'replay': log}}, str(tmp_path / 'replayed'))
   assert events(tmp_path / 'replayed') == [('skip', 5, 4)]
+  assert f'lmjax: 1 decisions of {log} hold here too' in capsys.readouterr().err
   for other in (again, replayed):
     assert other['state_fingerprint'] == result['state_fingerprint']
     assert other['decisions'] == result['decisions']
@@ -393,7 +397,7 @@ def test_there_is_a_limit(tiny, tmp_path, monkeypatch, action):
   assert [event[0] for event in events(tmp_path)] == [action, action, 'stop']
 
 
-def test_spikes_are_treated_as_asked(tiny, tmp_path, monkeypatch):
+def test_spikes_are_treated_as_asked(tiny, tmp_path, monkeypatch, capsys):
   """The targets of one batch are shifted, so that its loss is above those before it."""
   monkeypatch.setattr(guard, 'WINDOW', 4)
   real = loader.Loader.batch
@@ -406,6 +410,11 @@ def test_spikes_are_treated_as_asked(tiny, tmp_path, monkeypatch):
   spiky = {'optimizer.lr': 0.03, 'guard.on_spike': 'skip', 'guard.deviations': 2.0}
   train.run(tiny(**STEPS, **spiky), str(tmp_path))
   assert events(tmp_path) == [('skip', 7, 6)]
+  said = r'loss is (\S+), above (\S+) \(2 deviations above the mean of the last 4\);.* were (.*); b'
+  loss, limit, before = re.search(said, capsys.readouterr().err).groups()
+  last = [float(x) for x in before.split(', ')][-4:]
+  assert float(limit) == pytest.approx(np.mean(last) + 2 * np.std(last), rel=1e-3)
+  assert float(loss) > float(limit)
 
 
 def test_an_update_that_overflows_is_not_saved(tiny, tmp_path, monkeypatch):

@@ -50,7 +50,8 @@ def straight(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ('number', 'step'), [(signal.SIGTERM, step) for step in (1, 4, 5, 6, 12)] + [(signal.SIGINT, 9)]
+  ('number', 'step'),
+  [(signal.SIGTERM, step) for step in (1, 4, 5, 6, 12)] + [(signal.SIGINT, 9), (signal.SIGHUP, 9)],
 )
 def test_the_step_is_saved_and_the_run_goes_on(
   tiny, tmp_path, monkeypatch, straight, step, number, capfd
@@ -239,6 +240,23 @@ def test_ctrl_c_is_two_sentences(tiny, tmp_path, started):
   assert re.fullmatch(r'lmjax: stopped by SIGINT after step \d+ of 1000000, which is saved', second)
 
 
+def test_nohup_is_obeyed(tiny, tmp_path, monkeypatch):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  after(monkeypatch, metrics.Log, 'push', 3, lambda: signalled(signal.SIGHUP))
+  assert train.run(tiny('clm'), str(tmp_path))['step'] == 6
+  assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_the_terminal_may_go_away(tiny, tmp_path):
+  """As with `| head`, or where a disk is full that the output was sent to."""
+  arguments = [sys.executable, *command(tiny, tmp_path, steps=6)]
+  with open('/dev/full', 'w') as full:
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=full)
+    process.stdout.close()
+    assert process.wait(120) == 0
+  assert json.loads((tmp_path / 'run' / 'result.json').read_text())['step'] == 6
+
+
 def test_a_third_signal_ends_it_at_once(started):
   """In a run that never comes to the end of its step."""
   code = (
@@ -314,12 +332,7 @@ def test_before_the_first_step_a_signal_ends_the_process(number, code, where):
   process.send_signal(number)
   _, said = process.communicate(timeout=30)
   assert process.returncode == code
-  assert (
-    said
-    == {75: 'lmjax: stopped by SIGTERM\n', 130: 'lmjax: interrupted; what was saved is kept\n'}[
-      code
-    ]
-  )
+  assert said == {75: 'lmjax: stopped by SIGTERM\n', 130: 'lmjax: interrupted\n'}[code]
 
 
 def test_no_child_outlives_a_signal(tmp_path):
