@@ -7,7 +7,6 @@ directory for its newest step.  Here a step is one only if its manifest is whole
 has the fingerprints that it says; any other is set aside in `quarantine/`.
 """
 
-import concurrent.futures
 import contextlib
 import math
 from collections.abc import Callable
@@ -60,9 +59,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep_best, self._read_only = keep_best, read_only
     self._steps = Steps(self.directory, read_only, warn)
     disk.hush()
-    self._saves = 0
-    self._background = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
-    self._saving: concurrent.futures.Future | None = None
+    self._background = disk.Background()
 
   def save(
     self, step: int, state: Any, meta: dict, metrics: dict[str, float] | None = None
@@ -83,8 +80,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     # Made here: what is no JSON must not fail, nor change, in another thread.
     manifest = steps.manifest(step, meta, metrics or {}, arrays, fingerprint.of(arrays))
     jax.block_until_ready(copies)
-    self._saves += 1
-    self._saving = self._background.submit(self._write, copies, manifest, self._saves)
+    self._background.begin(lambda attempt: self._write(copies, manifest, attempt))
 
   def restore(
     self, like: Any, step: int | None = None, *, cast: bool = False
@@ -176,33 +172,22 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       StorageError: it was not saved; what there is of it is removed.
     """
-    if self._saving:
+    if self._background.busy:
       # Where one process could not save its part, no process has saved.
-      reasons = processes.share([r for r in processes.collect(self._outcome()) or () if r])
+      reasons = processes.share(
+        [r for r in processes.collect(self._background.outcome()) or () if r]
+      )
       if reasons:
-        raise StorageError(min(reasons, key=lambda reason: 'arrier' in reason))  # the cause first
-
-  def _outcome(self) -> str:
-    """When the save under way has come to its end: why it failed, or ''."""
-    saving, self._saving = self._saving, None
-    try:
-      if saving:
-        saving.result()
-    except StorageError as e:
-      return str(e)
-    return ''
+        raise StorageError(min(reasons, key=lambda reason: reason == disk.ELSEWHERE))  # the cause
 
   def close(self) -> None:
-    """Waits for the last save, alone, and ends all threads; needed before the process ends.
+    """Waits for the last save, alone; needed before the process ends.
 
     Raises:
       StorageError: it was not saved.
     """
-    try:
-      if why := self._outcome():
-        raise StorageError(why)
-    finally:
-      self._background.shutdown()
+    if why := self._background.outcome():
+      raise StorageError(why)
 
   def __exit__(self, *exception: object) -> None:
     self.close()
@@ -258,7 +243,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   # ------------------------------------------------------------------------------------- writing
 
   def _write(self, arrays: dict[str, jax.Array], manifest: dict[str, Any], attempt: int) -> None:
-    """In the background: saves a step and deletes what it supersedes."""
+    """Saves a step and deletes what it supersedes."""
     step = manifest['step']
     assert step not in self.steps()
     try:
@@ -266,7 +251,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._steps.tidy()  # threads of a save that failed may have written on
       disk.write(self._steps.path(step), arrays, manifest, attempt)
     except Exception as e:
-      raise self._not_saved(step, e) from e
+      if processes.index() == 0 and attempt == self._background.attempts:  # none has begun since
+        self._steps.remove_unfinished()  # the disk may be full of it
+      why = f'checkpoint {step} could not be saved in {self.directory}: {disk.first_line(e)}'
+      raise StorageError(why) from e
     if processes.index() == 0:
       there = self.steps()
       keep = {self.best(), *there[-self._keep_last :]}
@@ -274,10 +262,3 @@ class Checkpoints(contextlib.AbstractContextManager):
       keep |= set([step for step in there if self._regular and step % self._regular == 0][-1:])
       for step in set(there) - keep:
         self._steps.delete(step)
-
-  def _not_saved(self, step: int, error: Exception) -> StorageError:
-    if processes.index() == 0:
-      self._steps.remove_unfinished()  # the disk may be full of it
-    return StorageError(
-      f'checkpoint {step} could not be saved in {self.directory}: {disk.first_line(error)}'
-    )

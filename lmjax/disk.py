@@ -1,9 +1,11 @@
 """Arrays written to a directory and read from it by all processes together, with Orbax."""
 
+import concurrent.futures
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +14,70 @@ from etils import epath
 from flax import traverse_util
 
 from lmjax import processes
+from lmjax.errors import StorageError
 from lmjax.steps import Damaged
+
+ELSEWHERE = 'another process could not save its part of a checkpoint'
+
+
+class Background:
+  """Saves, one after the other, each in a thread; one that fails in one process has in all."""
+
+  def __init__(self):
+    self.attempts = 0
+    self._saving: concurrent.futures.Future | None = None
+    self._changed, self._failed = threading.Condition(), set()
+    processes.on('unsaved', self._hear)
+
+  @property
+  def busy(self) -> bool:
+    """Whether there is a save whose outcome nobody has asked for."""
+    return self._saving is not None
+
+  def begin(self, save: Callable[[int], None]) -> None:
+    """Begins save(attempt), which raises StorageErrors."""
+    self.attempts += 1
+    self._saving = concurrent.futures.Future()
+    args = (save, self.attempts, self._saving)
+    threading.Thread(target=self._run, args=args, name='checkpoint', daemon=True).start()
+
+  def outcome(self) -> str:
+    """When the save under way has come to its end: why it failed, or ''."""
+    saving, self._saving = self._saving, None
+    if not saving:
+      return ''
+    with self._changed:
+      self._changed.wait_for(lambda: saving.done() or self.attempts in self._failed)
+    if not saving.done():  # it waits for the other one, for 300 s, and there is no way to end it
+      return ELSEWHERE
+    try:
+      saving.result()
+    except StorageError as e:
+      return str(e)
+    return ''
+
+  def _run(
+    self, save: Callable[[int], None], attempt: int, saving: concurrent.futures.Future
+  ) -> None:
+    try:
+      save(attempt)
+    except BaseException as e:
+      self._tell(attempt)
+      saving.set_exception(e)
+    else:
+      saving.set_result(None)
+    with self._changed:
+      self._changed.notify_all()
+
+  def _hear(self, peer: int, attempt: int) -> None:
+    self._tell(attempt, but=peer)  # only process 0 is heard by all
+    with self._changed:
+      self._failed.add(attempt)
+      self._changed.notify_all()
+
+  def _tell(self, attempt: int, but: int | None = None) -> None:
+    for peer in set(processes.peers()) - {but}:
+      processes.tell(peer, 'unsaved', attempt)
 
 
 def write(

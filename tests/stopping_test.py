@@ -338,7 +338,7 @@ def test_before_the_first_step_a_signal_ends_the_process(number, code, where):
 def test_no_child_outlives_a_signal(tmp_path):
   code = (
     'import subprocess, sys, time\nfrom lmjax import command\n'
-    'def main():\n  child = subprocess.Popen(["sleep", "60"])\n'
+    'def main():\n  child = subprocess.Popen(["sleep", "60"], stdout=-3, stderr=-3)\n'
     '  with command.child(child):\n    print(child.pid, flush=True)\n    time.sleep(60)\n'
     'command.run(main, ["it"])\n'
   )
@@ -361,7 +361,7 @@ def test_a_stuck_step_ends_the_process_with_all_stacks():
   code = (
     'import time\nfrom lmjax import stopping\n'
     'with stopping.Watchdog(patience=0.5) as watchdog:\n'
-    '  for seconds in (2, 0.01, 0.3, 0.01, 0.01):\n    watchdog.step()\n    time.sleep(seconds)\n'
+    '  for seconds in (2, 0.01, 0.01, 0.01, 0.3):\n    watchdog.step()\n    time.sleep(seconds)\n'
     '  watchdog.rest()\n  time.sleep(5)\n'
     '  print("no step, no watch", flush=True)\n'
     '  def stuck_here():\n    time.sleep(60)\n'

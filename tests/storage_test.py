@@ -4,6 +4,7 @@ import collections
 import re
 import shutil
 import sys
+import time
 import types
 
 import pytest
@@ -11,9 +12,9 @@ from etils import epath
 
 from lmjax import disk, jsonio, metrics, train
 from lmjax.errors import Restart, StorageError, UserError
-from tests.processes_test import spawn
+from tests.processes_test import free_port, spawn
 from tests.stopping_test import after, signalled
-from tests.train_test import assert_same_run, lines, timeless_result
+from tests.train_test import as_file, assert_same_run, lines, timeless_result
 
 # Before anything is written, as where no directory can be made, and after.
 BROKEN = ('Checkpointer.save', 'PyTreeCheckpointHandler.finalize')
@@ -54,6 +55,39 @@ def test_a_checkpoint_that_cannot_be_written_is_outlived(
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '6']
   assert_same_run(straight, tmp_path)
   assert timeless_result(straight) == timeless_result(tmp_path)
+
+
+UNSAVED = """
+import runpy, sys
+import orbax.checkpoint as ocp
+real, count = ocp.{broken}, []
+def call(*args, **kwargs):
+  count.append(1)
+  if len(count) == 2:
+    raise OSError(28, 'No space left on device')
+  return real(*args, **kwargs)
+ocp.{broken} = call
+sys.argv = {argv}
+runpy.run_module('lmjax.main', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize(('hurt', 'broken'), [(0, BROKEN[0]), (0, BROKEN[1]), (1, BROKEN[0])])
+def test_where_one_process_cannot_save_the_others_do_not_wait(tiny, tmp_path, hurt, broken):
+  """In Orbax's barrier, which is patient for 300 s."""
+  c = tiny('clm', **{'steps': 8, 'checkpoint.every': 2})
+  flags = [as_file(c, tmp_path), f'--workdir={tmp_path / "run"}', '--processes=2']
+  flags += [f'--coordinator=localhost:{free_port()}']
+  argv = [['main', *flags, f'--process={i}'] for i in range(2)]
+  codes = [['-m', 'lmjax.main', *argv[i][1:]] for i in range(2)]
+  codes[hurt] = ['-c', UNSAVED.format(argv=argv[hurt], broken=broken)]
+  pair = [spawn(code) for code in codes]
+  began = time.monotonic()
+  said = [process.communicate(timeout=400)[1] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], said
+  assert time.monotonic() - began < 120
+  assert re.search('checkpoint 4 could not be saved in .* No space left .* training goes', said[0])
+  assert sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['6', '8']
 
 
 @pytest.mark.parametrize('broken', BROKEN)
