@@ -105,8 +105,8 @@ def check_space(path: epath.Path, size: int, count: int) -> None:
     free, count = shutil.disk_usage(path).free, max(1, count)
     if free < count * size:
       wrong = (
-        f'{path} has {free / 1e9:.2f} GB free, and needs room for {count} more checkpoints '
-        f'of {size / 1e9:.2f} GB (checkpoint.keep_last, and one while it is written)'
+        f'{path} has {free / 1e9:.3g} GB free, and needs room for {count} more checkpoints '
+        f'of {size / 1e9:.3g} GB (checkpoint.keep_last, and one while it is written)'
       )
   if wrong := processes.share(wrong):
     raise StorageError(wrong)
