@@ -257,9 +257,15 @@ def open_run(workdir: str | os.PathLike, evaluation: bool = False) -> Experiment
   path = run_path(workdir)
   if not (path / 'config.json').exists():
     raise UserError(f'there is no run in {workdir}: it has no config.json')
-  saved = resolve(jsonio.read(path / 'config.json'))
-  opened = _open(saved, saved['data']['eval'] if evaluation else {})
+  config = resolve(jsonio.read(path / 'config.json'))
+  return saved(config, path, config['data']['eval'] if evaluation else {})
+
+
+def saved(
+  config: Mapping[str, Any], path: epath.Path, sets: Mapping[str, str] | None = None
+) -> Experiment:
+  """That of a run whose tokenizer lies in its directory, without data but these sets."""
   # What trained it need not be there where it is used.
-  model = {key: 'auto' if key == 'attention' else x for key, x in saved['model'].items()}
-  parts = _parts({**saved, 'model': model})
-  return Experiment(saved, *parts, opened, str(path / 'tokenizer'))
+  model = {key: 'auto' if key == 'attention' else x for key, x in config['model'].items()}
+  parts, opened = _parts({**config, 'model': model}), _open(config, sets or {})
+  return Experiment(config, *parts, opened, str(path / 'tokenizer'))

@@ -61,9 +61,9 @@ def check_same_data(
 ) -> None:
   """Raises a UserError where `digests` are not `there`, of what was begun or saved at `where`."""
   for name, now in digests.items():
-    if there.get(name) != now:
+    if there.get(name, now) != now:  # an imported model has met no data
       raise UserError(
-        f'the data "{name}" changed since {where} was begun ({there.get(name)}, now {now})'
+        f'the data "{name}" changed since {where} was begun ({there[name]}, now {now})'
       )
 
 

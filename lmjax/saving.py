@@ -59,7 +59,8 @@ class Saving(contextlib.AbstractContextManager):
     if lacking := {*FRESH, 'data', 'roll_backs'} - meta.keys():
       raise UserError(f'checkpoint {step} in {self._path} says nothing of {sorted(lacking)[0]}')
     record.check_same_data(self._checkpoints.directory, meta['data'], self._about['data'])
-    metrics.check_ledger(self._path, step, meta['held'], fetch(step))
+    if step:
+      metrics.check_ledger(self._path, step, meta['held'], fetch(step))
     return step, state, {key: meta[key] for key in FRESH}
 
   def _check_new(self) -> None:

@@ -126,7 +126,7 @@ def _train(
     clock.take_up(meta.pop('productive'))
     if start:
       print(f'resuming at step {start} of {steps}', flush=True)
-    state = state if start else warm_start(parts, mesh, make_state(), transform)
+    state = warm_start(parts, mesh, make_state(), transform) if state is None else state
     if not stop.begun:  # the run begins, or is taken up, and does not go back
       workdir_lib.describe(parts, path, digests, count, start)
     judge.begin()

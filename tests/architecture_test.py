@@ -51,8 +51,14 @@ FLOORS = [
     ['sharding'],
     ['steps', 'disk', 'checkpoint'],
     ['record'],
+    ['huggingface.weights'],
   ],
-  [['objectives', 'objectives.clm'], ['objectives.mlm']],
+  [
+    ['objectives', 'objectives.clm'],
+    ['objectives.mlm'],
+    *(['huggingface.bert'], ['huggingface.gpt2'], ['huggingface.llama'], ['huggingface.roberta']),
+    ['huggingface.tokens'],
+  ],
   [
     [
       'canonical',
@@ -68,9 +74,10 @@ FLOORS = [
       'plan.search',
       'plan.measure',
       'check',
+      'huggingface',
     ]
   ],
-  [['main'], ['data.__main__'], ['plan.__main__']],
+  [['main'], ['data.__main__'], ['plan.__main__'], ['huggingface.__main__']],
 ]
 # heads builds on layers, and stands beside the cores.
 ALLOWED = {('models.heads', f'models.{room}') for room in ('layers', 'products', 'shards')}

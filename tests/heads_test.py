@@ -40,7 +40,8 @@ def test_the_classifier_is_a_pooler_and_a_linear_layer():
   value = lambda part, key: part[key].value
   pooled = np.tanh(x @ value(pooler, 'kernel') + value(pooler, 'bias'))
   expected = pooled @ value(classes, 'kernel') + value(classes, 'bias')
-  np.testing.assert_allclose(classifier.apply({'params': boxes}, x), expected, rtol=2e-5, atol=1e-5)
+  _, logits = classifier.apply({'params': boxes}, x)
+  np.testing.assert_allclose(logits, expected, rtol=2e-5, atol=1e-5)
 
 
 # Devices: none, or a strategy and its mesh.

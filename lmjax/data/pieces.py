@@ -1,4 +1,5 @@
-"""Kinds of tokenizers, made of what is saved of them: SentencePiece, WordPiece, characters, bytes.
+"""Kinds of tokenizers, made of what is saved of them: SentencePiece, WordPiece, characters, bytes,
+and those that others publish as a tokenizer.json.
 
 No text, whatever it spells, becomes a special id other than `unk`. A lone surrogate, no Unicode
 text, reads as U+FFFD.
@@ -18,6 +19,14 @@ import numpy as np
 from lmjax.data import streams
 
 SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+_USUAL = (  # names of these in published vocabularies
+  ('[PAD]', '<pad>'),
+  ('[UNK]', '<unk>'),
+  ('[CLS]', '<s>', '<|begin_of_text|>', '<|endoftext|>'),
+  ('[SEP]', '</s>', '<|end_of_text|>', '<|endoftext|>'),
+  ('[MASK]', '<mask>'),
+)
+PROBE = ' \t a  ▁\n\n  Ａé e\u0301 ﬁ½\r\n\0\u200d\ufeff\U0010fffd [SEP]</s><0x0A>  '
 # CJK ideographs, extensions A to E, compatibility ideographs; kana and Hangul are words.
 _CHINESE = re.compile(
   '[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
@@ -107,8 +116,7 @@ class SentencePiece(Tokenizer):
     starts = [p.startswith(blank) or p[:1].isspace() for p in pieces]
     super().__init__(model, {}, pieces, ids, starts)
     self.special[special] = self.starts_word[special] = True
-    probe = ' \t a  ▁\n\n  Ａé e\u0301 ﬁ½\r\n\0\u200d\ufeff\U0010fffd [SEP]</s><0x0A>  '
-    self.lossless = self.decode(self.encode(probe)) == probe
+    self.lossless = self.decode(self.encode(PROBE)) == PROBE
 
   def encode(self, text: str) -> list[int]:
     text = streams.valid(text)
@@ -201,8 +209,48 @@ class Bytes(Characters):
     return super()._join(ids).encode('latin-1').decode(errors='replace')
 
 
+class Published(Tokenizer):
+  """What a tokenizer.json of the `tokenizers` library says, id for id.
+
+  Its templates add nothing here.  The special ids are known by their usual names.
+  """
+
+  name = 'published'
+
+  def __init__(self, model: bytes, size: int = 0):
+    """With so many ids, of which the last may stand for nothing; 0: as many as it has."""
+    import tokenizers
+
+    try:
+      self._tokenizer = t = tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:  # it has no class of its own
+      raise ValueError(f'tokenizers cannot read it ({str(error)[:200]})') from error
+    t.no_padding()
+    t.no_truncation()
+    t.encode_special_tokens = True  # what a text spells is text
+    known = t.get_vocab()
+    has = max(known.values(), default=-1) + 1
+    if size and size < has:
+      raise ValueError(f'it has {has} ids, and not {size}')
+    pieces = [t.id_to_token(i) or '' for i in range(size or has)]
+    named = lambda names: next((known[name] for name in names if name in known), None)
+    marked = any(piece.startswith('##') for piece in pieces)
+    blank = ('Ġ', 'Ċ', 'ĉ', '▁')  # GPT-2's space, line break and tabulator; SentencePiece's space
+    starts = [not p.startswith('##') if marked else p.startswith(blank) for p in pieces]
+    super().__init__(model, {'size': len(pieces)}, pieces, map(named, _USUAL), starts)
+    special = [i for i, token in t.get_added_tokens_decoder().items() if token.special]
+    self.special[special] = self.starts_word[special] = True
+    self.lossless = self.decode(self.encode(PROBE)) == PROBE
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(streams.valid(text), add_special_tokens=False).ids
+
+  def _join(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def build(name: str, model: bytes, options: dict[str, Any]) -> Tokenizer:
-  kinds = {kind.name: kind for kind in (SentencePiece, WordPiece, Characters, Bytes)}
+  kinds = {kind.name: kind for kind in (SentencePiece, WordPiece, Characters, Bytes, Published)}
   return kinds[name](model, **options)
 
 

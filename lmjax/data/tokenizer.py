@@ -19,6 +19,7 @@ from lmjax.data.pieces import (
   Bytes,
   Characters,
   Cleaner,
+  Published,
   SentencePiece,
   Tokenizer,
   WordPiece,
@@ -140,11 +141,24 @@ def bytes_(texts: Texts = ()) -> Bytes:
   return Bytes(bytes(range(256)).decode('latin-1').encode())
 
 
+def published(
+  texts: Texts = (),
+  *,
+  path: str = '',  # a tokenizer.json as Hugging Face publishes them
+  vocab_size: int = 0,  # 0: as many ids as it has; with more, the last stand for nothing
+) -> Published:
+  """A vocabulary of others: it is loaded, and never trained."""
+  if not path:
+    raise UserError('tokenizer.path names no tokenizer.json, and a published one is not trained')
+  return _from_file(Published, path, 0, size=vocab_size)
+
+
 KINDS: dict[str, Callable[..., Tokenizer]] = {
   'sentencepiece': sentencepiece,
   'wordpiece': wordpiece,
   'characters': characters,
   'bytes': bytes_,
+  'published': published,
 }
 
 

@@ -157,6 +157,7 @@ class Attention(nn.Module):
   heads: int
   kv_heads: int
   rotate: Callable  # NoPositions.rotate or another's
+  rotary_base: float
   initializers: layers.Initializers
   bias: bool
   qk_norm: bool  # Henry et al., 2020: normalised queries and keys keep the logits bounded
@@ -189,7 +190,7 @@ class Attention(nn.Module):
     if self.qk_norm:
       q_BLNH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'query_norm')(q_BLNH).astype(self.dtype)
       k_BLGH = layers.norm('rmsnorm', 1e-6, False, 'kv', 'key_norm')(k_BLGH).astype(self.dtype)
-    q_BLNH, k_BLGH = self.rotate(q_BLNH, positions_BL), self.rotate(k_BLGH, positions_BL)
+    q_BLNH, k_BLGH = (self.rotate(x, positions_BL, self.rotary_base) for x in (q_BLNH, k_BLGH))
     offset = None
     if cache_length:
       k_BLGH, v_BLGH, offset = self._cached(k_BLGH, v_BLGH, cache_length)

@@ -77,20 +77,21 @@ class TokenHead(nn.Module):
 
 
 class Classifier(nn.Module):
-  """BERT's pooler (a dense layer and tanh) and a linear layer: [B, P, D] -> [B, P, C]."""
+  """BERT's pooler (a dense layer and tanh), and a linear layer: -> [B, P, D], [B, P, C]."""
 
   classes: int
   initializers: layers.Initializers
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_BPD: jax.Array) -> jax.Array:
+  def __call__(self, x_BPD: jax.Array) -> tuple[jax.Array, jax.Array]:
     d = x_BPD.shape[-1]
     shared = dict(initializers=self.initializers, dtype=self.dtype)
     pooler = layers.Linear((d,), (d,), ('embed', 'mlp'), **shared, name='pooler')
     axes = ('embed', 'classes')
     classes = layers.Linear((d,), (self.classes,), axes, role='head', **shared, name='classes')
-    return classes(jnp.tanh(pooler(x_BPD))).astype(jnp.float32)
+    pooled_BPD = jnp.tanh(pooler(x_BPD))
+    return pooled_BPD, classes(pooled_BPD).astype(jnp.float32)
 
 
 def cross_entropy(

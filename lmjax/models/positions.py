@@ -25,7 +25,7 @@ class NoPositions(nn.Module):
     return x_BLD
 
   @staticmethod
-  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array) -> jax.Array:
+  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
     """To the queries and keys of each block."""
     return x_BLNH
 
@@ -59,8 +59,8 @@ class Rotary(NoPositions):
   """Queries and keys rotated by an angle that grows with position (Su et al., 2021)."""
 
   @staticmethod
-  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    angles_BLNH = _angles(positions_BL, x_BLNH.shape[-1])[:, :, None, :]
+  def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
+    angles_BLNH = _angles(positions_BL, x_BLNH.shape[-1], base)[:, :, None, :]
     a_BLNH, b_BLNH = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     sin_BLNH, cos_BLNH = jnp.sin(angles_BLNH), jnp.cos(angles_BLNH)
     rotated = [a_BLNH * cos_BLNH - b_BLNH * sin_BLNH, b_BLNH * cos_BLNH + a_BLNH * sin_BLNH]
@@ -109,9 +109,9 @@ class Relative(NoPositions):
     return offset + jnp.where(distance < exact, distance, far)
 
 
-def _angles(positions_BL: jax.Array, dim: int) -> jax.Array:
-  """[B, L, dim / 2] position times 10000^(-2i / dim)."""
-  frequencies = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+def _angles(positions_BL: jax.Array, dim: int, base: float = 10_000.0) -> jax.Array:
+  """[B, L, dim / 2] position times base^(-2i / dim)."""
+  frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   return positions_BL[..., None].astype(jnp.float32) * frequencies[None, None]
 
 

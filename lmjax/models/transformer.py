@@ -101,6 +101,7 @@ class Transformer(nn.Module):
   ffn_dim: int | None = None  # None: 4 dim
   max_length: int | None = None  # positions that learned positions know; None: the run's length
   positions: str = 'learned'  # learned, sinusoidal, rotary, alibi, relative, none
+  rotary_base: float = 10_000.0  # the longest wavelength of rotary positions, over 2 pi
   ffn: str = 'gelu_tanh'  # gelu, gelu_tanh, relu, swiglu, geglu
   norm: str = 'layernorm'  # layernorm, rmsnorm
   norm_position: str = 'pre'  # pre, post (of the residual sum), both (around each part)
@@ -147,6 +148,11 @@ class Transformer(nn.Module):
       raise UserError(f'model.heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}')
     if self.positions in ('rotary', 'sinusoidal') and (self.dim // self.heads) % 2:
       raise UserError(f'{self.positions} positions need an even model.dim / model.heads')
+    if self.rotary_base <= 1:
+      raise UserError(f'model.rotary_base = {self.rotary_base} must be above 1')
+    if self.positions != 'rotary' and self.rotary_base != 10_000.0:
+      unread = f'model.rotary_base = {self.rotary_base} is read by nothing'
+      raise UserError(f'{unread} with {self.positions} positions')
     for key in ('dropout', 'attention_dropout'):
       if not 0 <= getattr(self, key) < 1:
         raise UserError(f'model.{key} = {getattr(self, key)} must be at least 0 and below 1')
@@ -198,6 +204,7 @@ class Transformer(nn.Module):
         self.heads,
         self.kv_heads or self.heads,
         POSITIONS[self.positions].rotate,
+        self.rotary_base,
         qk_norm=self.qk_norm,
         window=self.window,
         dropout=self.attention_dropout,

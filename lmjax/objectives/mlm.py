@@ -42,6 +42,7 @@ class Objective:
   pairs_per_row: int = 1  # pairs: at most so many share a row, one [CLS] each
   pair_length: int | None = None  # pairs: tokens in a pair at most; None: the row's length
   separate_documents: bool = False  # without pairs: attention never crosses documents
+  types: bool = False  # a vector for each half is added also without pairs, where all is the first
   tied: bool = True  # the output layer is the transposed embedding table
   label_smoothing: float = 0.0  # share of the target spread over the vocabulary
   z_loss: float = 0.0  # weight of log(Z)^2
@@ -71,7 +72,7 @@ class Objective:
         raise UserError(f'objective.{key} = {getattr(self, key)} must be at least 1')
     unread = ('short_seq_prob', 'pairs_per_row', 'pair_length')
     self._refuse_unread(() if self.pairs else unread, 'neither next_sentence nor sentence_order')
-    self._refuse_unread(('separate_documents',) if self.pairs else (), 'sentence pairs')
+    self._refuse_unread(('separate_documents', 'types') if self.pairs else (), 'sentence pairs')
     if not self.pairs and self.dynamic:
       self._refuse_unread(('dupe_factor',), 'dynamic masks, which differ in every epoch anyway')
 
@@ -210,35 +211,60 @@ class MaskedLM(nn.Module):
     self.transform = layers.Linear((d,), (d,), ('embed', 'mlp'), init, dtype=dtype)
     self.transform_norm = layers.norm(core.norm, core.norm_epsilon, core.bias)
     self.head = heads.TokenHead(self.vocab_size, rows, d, o.tied, True, init, dtype)
-    if o.pairs:
+    if o.pairs or o.types:
       self.types = layers.Embed(2, d, ('types', 'embed'), init, dtype=dtype)
+    if o.pairs:
       self.classifier = heads.Classifier(2, init, dtype)
 
-  def encode(self, batch: dict[str, jax.Array], train: bool) -> jax.Array:
-    """Contextual vectors [B, L, D]."""
-    x_BLD = self.embed(batch['tokens'])
-    if self.objective.pairs:
-      x_BLD += self.types(batch['types'])
-    segments_BL, o = batch['segments'], self.objective
-    if o.pairs_per_row > 1 or o.separate_documents:
+  def encode(
+    self,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array | None = None,
+    types_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    train: bool = False,
+  ) -> jax.Array:
+    """Contextual vectors [B, L, D].
+
+    Without segments_BL there is no padding; without types_BL all is of the first type.
+    """
+    o, x_BLD, mask = self.objective, self.embed(tokens_BL), Mask(causal=False)
+    if o.pairs or o.types:
+      x_BLD += self.types(jnp.zeros_like(tokens_BL) if types_BL is None else types_BL)
+    if segments_BL is not None and (o.pairs_per_row > 1 or o.separate_documents):
       mask = Mask(causal=False, segments_BL=segments_BL)
-    else:  # a text and padding after it, which more kernels know
+    elif segments_BL is not None:  # a text and padding after it, which more kernels know
       mask = Mask(causal=False, lengths_B=(segments_BL > 0).sum(axis=1))
-    return self.core(x_BLD, mask, train, batch.get('positions'))
+    return self.core(x_BLD, mask, train, positions_BL)
+
+  def logits(self, *args, **kwargs) -> jax.Array:
+    """[B, L, V]: at each place the distribution of its token; arguments of encode."""
+    return self.head(self._transformed(self.encode(*args, **kwargs)), self.embed)
+
+  def pooled(self, *args, **kwargs) -> tuple[jax.Array, jax.Array]:
+    """(vector [B, D] of the first place, logits [B, 2] of its class); arguments of encode.
+
+    Of models with sentence pairs.
+    """
+    pooled_BPD, logits_BPC = self.classifier(self.encode(*args, **kwargs)[:, :1])
+    return pooled_BPD[:, 0], logits_BPC[:, 0]
+
+  def _transformed(self, x_BKD: jax.Array) -> jax.Array:
+    return self.transform_norm(nn.gelu(self.transform(x_BKD), approximate=False))
 
   def __call__(self, batch: dict[str, jax.Array], train: bool) -> tuple[dict[str, Mean], ...]:
-    o = self.objective
-    x_BLD = self.encode(batch, train)
+    o, inputs = self.objective, ('tokens', 'segments', 'types', 'positions')
+    x_BLD = self.encode(*map(batch.get, inputs), train)
     # Only the chosen places meet the vocabulary: K of L rows of the largest product.
     x_BKD = jnp.take_along_axis(x_BLD, batch['places'][..., None], axis=1)
-    x_BKD = self.transform_norm(nn.gelu(self.transform(x_BKD), approximate=False))
+    x_BKD = self._transformed(x_BKD)
     loss, xent, accuracy = self.head.loss(
       x_BKD, self.embed, batch['targets'], batch['weights'], o.label_smoothing, o.z_loss
     )
     terms, metrics = {'mlm': loss}, {'xent': xent, 'mlm_accuracy': accuracy}
     if o.pairs:
       x_BPD = jnp.take_along_axis(x_BLD, batch['pair_places'][..., None], axis=1)
-      logits_BPC = self.classifier(x_BPD)
+      _, logits_BPC = self.classifier(x_BPD)
       terms['nsp'], _, metrics['nsp_accuracy'] = heads.cross_entropy(
         logits_BPC, batch['pair_targets'], batch['pair_weights']
       )

@@ -1,0 +1,104 @@
+"""BERT (Devlin et al., 2019), with and without its pooler and heads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lmjax.huggingface.weights import Weight, refuse
+
+PREFIX, HEADS = 'bert.', ('cls.',)
+OPTIONAL = ('transform', 'head/', 'classifier/')
+# The output layer is the table again, and its bias has two names.
+SURPLUS = r'embeddings\.position_ids|cls\.predictions\.decoder\.(bias|weight)'
+
+
+def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+  """What of our config follows from theirs; with a pooler it is a model of sentence pairs."""
+  refuse(c, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'is_decoder': False})
+  refuse(c, {'type_vocab_size': 2, 'add_cross_attention': False})
+  pairs = has('pooler.dense.weight')
+  return {
+    'objective': {
+      **{'name': 'mlm', 'next_sentence': pairs, 'types': not pairs},
+      'tied': c.get('tie_word_embeddings', True),
+    },
+    'model': {
+      **{'depth': c.get('num_hidden_layers', 12), 'dim': c.get('hidden_size', 768)},
+      'heads': c.get('num_attention_heads', 12),
+      'ffn_dim': c.get('intermediate_size', 3072),
+      'max_length': c.get('max_position_embeddings', 512),
+      **KNOWN['model'],
+      'initializer': 'bert',
+      'norm_epsilon': float(c.get('layer_norm_eps', 1e-12)),
+      'dropout': float(c.get('hidden_dropout_prob', 0.1)),
+      'attention_dropout': float(c.get('attention_probs_dropout_prob', 0.1)),
+    },
+  }
+
+
+def published(objective: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+  """Their config of a run of ours, whose vocabulary and tokenizer are not in it."""
+  kind = 'BertForPreTraining' if objective['next_sentence'] else 'BertForMaskedLM'
+  return {
+    **{'model_type': 'bert', 'architectures': [kind], 'hidden_act': 'gelu'},
+    **{'num_hidden_layers': model['depth'], 'hidden_size': model['dim']},
+    **{'num_attention_heads': model['heads'], 'intermediate_size': model['ffn_dim']},
+    **{'max_position_embeddings': model['max_length'], 'type_vocab_size': 2},
+    'layer_norm_eps': model['norm_epsilon'],
+    'hidden_dropout_prob': model['dropout'],
+    'attention_probs_dropout_prob': model['attention_dropout'],
+    'tie_word_embeddings': objective['tied'],
+  }
+
+
+KNOWN = {  # what a model of ours must be, to be one of theirs
+  'objective': {'name': 'mlm', 'sentence_order': False},
+  'model': {
+    **{'positions': 'learned', 'ffn': 'gelu', 'norm': 'layernorm', 'norm_position': 'post'},
+    **{'bias': True, 'embed_norm': True, 'qk_norm': False, 'window': 0},
+  },
+}
+
+
+def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weight]:
+  found = [
+    Weight('embed/table', 'embeddings.word_embeddings.weight'),
+    Weight('core/position/embed/table', 'embeddings.position_embeddings.weight'),
+    Weight('types/table', 'embeddings.token_type_embeddings.weight'),
+    Weight('head/bias', 'cls.predictions.bias'),
+    Weight('head/table/table', 'cls.predictions.decoder.weight'),
+  ]
+  layer, blocks = 'encoder.layer.{}.', 'core/blocks/'
+  norms = {
+    'core/input_norm': 'embeddings.LayerNorm',
+    f'{blocks}attention_post_norm': f'{layer}attention.output.LayerNorm',
+    f'{blocks}ffn_post_norm': f'{layer}output.LayerNorm',
+    'transform_norm': 'cls.predictions.transform.LayerNorm',
+  }
+  for ours, theirs in norms.items():
+    found.append(Weight(f'{ours}/scale', f'{theirs}.weight'))
+    found.append(Weight(f'{ours}/bias', f'{theirs}.bias'))
+  products = {
+    **{f'{blocks}attention/{x}': f'{layer}attention.self.{x}' for x in ('query', 'key', 'value')},
+    f'{blocks}attention/out': f'{layer}attention.output.dense',
+    f'{blocks}ffn/up': f'{layer}intermediate.dense',
+    f'{blocks}ffn/down': f'{layer}output.dense',
+    'transform': 'cls.predictions.transform.dense',
+    'classifier/pooler': 'pooler.dense',
+    'classifier/classes': 'cls.seq_relationship',
+  }
+  for ours, theirs in products.items():
+    found.append(Weight(f'{ours}/kernel', f'{theirs}.weight', transposed=True))
+    found.append(Weight(f'{ours}/bias', f'{theirs}.bias'))
+  return found
+
+
+def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:
+  return x
+
+
+def complete(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A model without types has zeros for them."""
+  dim = arrays['embeddings.word_embeddings.weight'].shape[1]
+  return {'embeddings.token_type_embeddings.weight': np.zeros((2, dim), np.float32), **arrays}

@@ -1,0 +1,89 @@
+"""GPT-2 (Radford et al., 2019) as `transformers` keeps it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lmjax.huggingface.weights import Weight, activation, refuse
+
+PREFIX, HEADS = 'transformer.', ('lm_head.',)
+OPTIONAL = ('head/',)
+SURPLUS = r'h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight'
+_ACTIVATIONS = {
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu': 'gelu',
+  'relu': 'relu',
+}
+
+
+def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+  """What of our config follows from theirs."""
+  refuse(c, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
+  refuse(c, {'add_cross_attention': False})
+  ffn = activation(c.get('activation_function', 'gelu_new'), _ACTIVATIONS)
+  dim = c.get('n_embd', 768)
+  return {
+    'objective': {'name': 'clm', 'tied': c.get('tie_word_embeddings', True)},
+    'model': {
+      **{'depth': c.get('n_layer', 12), 'dim': dim, 'heads': c.get('n_head', 12)},
+      **{'ffn_dim': c.get('n_inner') or 4 * dim, 'max_length': c.get('n_positions', 1024)},
+      **{'positions': 'learned', 'ffn': ffn, 'initializer': 'gpt2'},
+      'norm_epsilon': float(c.get('layer_norm_epsilon', 1e-5)),
+      'dropout': float(c.get('resid_pdrop', 0.1)),
+      'attention_dropout': float(c.get('attn_pdrop', 0.1)),
+    },
+  }
+
+
+def published(objective: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+  """Their config of a run of ours, whose vocabulary and tokenizer are not in it."""
+  names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  return {
+    **{'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel']},
+    **{'n_layer': model['depth'], 'n_embd': model['dim'], 'n_head': model['heads']},
+    **{'n_inner': model['ffn_dim'], 'n_positions': model['max_length']},
+    'activation_function': activation(model['ffn'], names),
+    'layer_norm_epsilon': model['norm_epsilon'],
+    **dict.fromkeys(('resid_pdrop', 'embd_pdrop'), model['dropout']),
+    'attn_pdrop': model['attention_dropout'],
+    'tie_word_embeddings': objective['tied'],
+  }
+
+
+KNOWN = {  # what a model of ours must be, to be one of theirs
+  'objective': {'name': 'clm'},
+  'model': {
+    **{'positions': 'learned', 'norm': 'layernorm', 'norm_position': 'pre', 'bias': True},
+    **{'embed_norm': False, 'qk_norm': False, 'window': 0},
+  },
+}
+
+
+def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weight]:
+  found = [
+    Weight('embed/table', 'wte.weight'),
+    Weight('core/position/embed/table', 'wpe.weight'),
+    Weight('head/table/table', 'lm_head.weight'),
+  ]
+  norms = {'blocks/attention_pre_norm': 'h.{}.ln_1', 'blocks/ffn_pre_norm': 'h.{}.ln_2'}
+  for ours, theirs in {**norms, 'output_norm': 'ln_f'}.items():
+    found.append(Weight(f'core/{ours}/scale', f'{theirs}.weight'))
+    found.append(Weight(f'core/{ours}/bias', f'{theirs}.bias'))
+  products = {'attention/out': 'attn.c_proj', 'ffn/up': 'mlp.c_fc', 'ffn/down': 'mlp.c_proj'}
+  for ours, theirs in (('kernel', 'weight'), ('bias', 'bias')):
+    for i, name in enumerate(('query', 'key', 'value')):
+      path = f'core/blocks/attention/{name}/{ours}'
+      found.append(Weight(path, f'h.{{}}.attn.c_attn.{theirs}', part=(i, 3)))
+    for part, name in products.items():
+      found.append(Weight(f'core/blocks/{part}/{ours}', f'h.{{}}.{name}.{theirs}'))
+  return found
+
+
+def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:
+  return x
+
+
+def complete(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return arrays

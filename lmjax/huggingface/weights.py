@@ -1,0 +1,193 @@
+"""Arrays in safetensors files, and where each of our parameters is found among them.
+
+Ours are stacked over layers and keep the dimensions of heads apart; theirs are matrices, one name a
+layer, transposed where PyTorch's Linear holds them.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lmjax import jsonio
+from lmjax.errors import StorageError, UserError
+
+INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+_NUMBERS = ('float32', 'float16', 'bfloat16', 'float64')
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """Where a parameter is.
+
+  ours: its path.
+  theirs: its name; with {}, there is one for each layer, and ours has them along its first axis.
+  transposed: theirs is [outputs, inputs].
+  part: (i, n): ours is the i-th of n equal parts of theirs, along the outputs.
+  skip: so many rows at the beginning of theirs are none of ours.
+  """
+
+  ours: str
+  theirs: str
+  transposed: bool = False
+  part: tuple[int, int] = (0, 1)
+  skip: int = 0
+
+  def name(self, layer: int) -> str:
+    return self.theirs.format(layer)
+
+  @property
+  def layered(self) -> bool:
+    return '{}' in self.theirs
+
+
+class Files:
+  """The arrays of a directory with safetensors, read one by one.  UserError where it has none."""
+
+  def __init__(self, directory: epath.Path, prefix: str, other: str):
+    """Names lose `prefix`, which some classes give to all; `other` is what such files may be."""
+    self._directory, self._places, self._opened = directory, {}, {}
+    if (directory / INDEX).exists():
+      places = jsonio.read(directory / INDEX).get('weight_map')
+      if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise UserError(f'{directory / INDEX} has no weight_map')
+    elif (directory / SINGLE).exists():
+      places = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+    else:
+      raise UserError(f'{directory} has no {SINGLE} and no {INDEX}{other}')
+    for name, file in places.items():
+      if os.path.basename(file) != file or not file.endswith('.safetensors'):
+        raise UserError(f'{directory / INDEX}: "{file}" is no file beside it')
+      self._places[name.removeprefix(prefix)] = name, file
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._places
+
+  def names(self) -> list[str]:
+    return sorted(self._places)
+
+  def read(self, name: str) -> np.ndarray:
+    """In float32."""
+    full, file = self._places[name]
+    opened = self._open(file)
+    if full not in set(opened.keys()):
+      raise UserError(f'{self._directory / file} has no {full}, which the index says it has')
+    array = opened.get_tensor(full)
+    if array.dtype.name not in _NUMBERS:
+      raise UserError(f'{self._directory / file}: {full} is of type {array.dtype.name}')
+    return array.astype(np.float32)
+
+  def _open(self, file: str) -> Any:
+    import ml_dtypes  # noqa: F401, by which NumPy knows bfloat16
+    import safetensors
+
+    try:
+      if file not in self._opened:
+        self._opened[file] = safetensors.safe_open(self._directory / file, framework='np')
+      return self._opened[file]
+    except (OSError, safetensors.SafetensorError) as e:
+      raise UserError(f'{self._directory / file} cannot be read: {e}') from e
+
+
+def taken(
+  weights: Iterable[Weight],
+  shapes: Mapping[str, tuple[int, ...]],
+  files: Files,
+  adjust: Callable[[str, np.ndarray], np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+  """(our path -> array, of those that are there; what of ours is not; what nobody has asked for).
+
+  `adjust` is what else is to be done with an array of theirs.
+
+  Raises:
+    UserError: an array has not the shape that ours needs.
+  """
+  found, missing, read = {}, [], set()
+  by_path = {weight.ours: weight for weight in weights}
+  for path, shape in shapes.items():
+    weight = by_path[path]
+    layers = range(shape[0]) if weight.layered else range(1)
+    names = [weight.name(layer) for layer in layers]
+    lacking = [name for name in names if name not in files]
+    read |= set(names) - set(lacking)
+    if lacking:
+      missing += lacking
+      continue
+    of_one = shape[1:] if weight.layered else shape
+    arrays = [_ours(weight, n, adjust(n, files.read(n)), of_one) for n in names]
+    found[path] = np.stack(arrays) if weight.layered else arrays[0]
+  return found, missing, [name for name in files.names() if name not in read]
+
+
+def _ours(weight: Weight, name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  there = x.shape
+  x = x[weight.skip :]
+  if weight.transposed and x.ndim == 2:
+    x = x.T
+  i, n = weight.part
+  if x.ndim and x.shape[-1] % n == 0:
+    x = np.split(x, n, axis=-1)[i]
+  flat = [tuple(map(math.prod, (shape[:i], shape[i:]))) for i in range(1, len(shape))]
+  if x.shape not in (shape, (math.prod(shape),), *flat):
+    what = 'x'.join(map(str, shape))
+    raise UserError(f'{name} is {"x".join(map(str, there))}, and {weight.ours} is to be {what}')
+  return x.reshape(shape)
+
+
+def given(weights: Iterable[Weight], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Their name -> array, of our parameters by path."""
+  made = {}
+  known = [weight for weight in weights if weight.ours in params]
+  of_name = lambda weight: weight.theirs
+  for _, group in itertools.groupby(sorted(known, key=of_name), key=of_name):
+    parts = sorted(group, key=lambda weight: weight.part)
+    first = parts[0]
+    assert len(parts) == first.part[1], first
+    for layer in range(len(params[first.ours]) if first.layered else 1):
+      arrays = [_theirs(w, params[w.ours][layer] if w.layered else params[w.ours]) for w in parts]
+      x = np.concatenate(arrays, axis=-1)
+      x = x.T if first.transposed and x.ndim == 2 else x
+      made[first.name(layer)] = np.ascontiguousarray(x)
+  return made
+
+
+def _theirs(weight: Weight, x: np.ndarray) -> np.ndarray:
+  name = weight.ours.rpartition('/')[2]
+  if name == 'kernel':
+    inputs = -1 if '/out/' not in weight.ours else 2  # heads, head -> dim; else inputs come first
+    x = x.reshape(-1, x.shape[-1]) if inputs == 2 else x.reshape(len(x), -1)
+  elif name == 'bias':
+    x = x.reshape(-1)
+  if weight.skip:
+    x = np.concatenate([np.zeros((weight.skip, *x.shape[1:]), x.dtype), x])
+  return x
+
+
+def write(directory: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes one file of safetensors."""
+  import safetensors.numpy
+
+  try:
+    safetensors.numpy.save_file(dict(arrays), directory / SINGLE, metadata={'format': 'pt'})
+  except (OSError, safetensors.SafetensorError) as e:
+    raise StorageError(f'{directory / SINGLE} cannot be written: {e}') from e
+
+
+def activation(name: str, known: Mapping[str, str]) -> str:
+  if name not in known:
+    raise UserError(f'the activation "{name}" is none of {", ".join(known)}')
+  return known[name]
+
+
+def refuse(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Raises a UserError where a published config asks for what ours cannot do."""
+  for key, value in wanted.items():
+    if config.get(key, value) != value:
+      asked = json.dumps(config[key])
+      raise UserError(f'config.json: {key} = {asked}, and only {json.dumps(value)} is known here')

@@ -1,0 +1,69 @@
+"""Published tokenizers, id for id, on texts that nobody would write."""
+
+import json
+
+import pytest
+
+from lmjax.huggingface import tokens
+from tests.conftest import documents
+from tests.tokenizer_test import NASTY, SPELT
+
+pytest.importorskip('torch', reason="needs pip install -e '.[parity]'")
+transformers = pytest.importorskip('transformers')
+import tokenizers  # noqa: E402
+
+TEXTS = [text for text in NASTY.values() if text != SPELT] + documents(3)
+TEXTS += ['x' * n for n in (99, 100, 101, 200, 201)] + ["I'll can't 12345 3.14 #!? \\n"]
+SPECIALS = {
+  'bert': ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
+  'gpt2': ['<|endoftext|>'],
+  'roberta': ['<s>', '<pad>', '</s>', '<unk>', '<mask>'],
+}
+
+
+@pytest.fixture(scope='module', params=['bert', 'bert cased', 'gpt2', 'roberta'])
+def theirs(request, tmp_path_factory):
+  """(their tokenizer, the directory of its files, how many ids it has)."""
+  kind, directory = request.param, tmp_path_factory.mktemp('vocabulary')
+  special = SPECIALS[kind.split()[0]]
+  shown = dict(show_progress=False, special_tokens=special)
+  if kind.startswith('bert'):
+    made = tokenizers.BertWordPieceTokenizer(lowercase=kind == 'bert')
+    made.train_from_iterator([*documents(50), *TEXTS], vocab_size=400, **shown)
+    made.save_model(str(directory))
+    options = {'do_lower_case': kind == 'bert'}
+    (directory / 'tokenizer_config.json').write_text(json.dumps(options))
+    return transformers.BertTokenizer.from_pretrained(directory), directory, made.get_vocab_size()
+  made = tokenizers.ByteLevelBPETokenizer()
+  made.train_from_iterator([*documents(50), *TEXTS], vocab_size=500, **shown)
+  made.save_model(str(directory))
+  known = {'gpt2': transformers.GPT2Tokenizer, 'roberta': transformers.RobertaTokenizer}
+  return known[kind].from_pretrained(directory), directory, made.get_vocab_size()
+
+
+def ids(tokenizer, text: str) -> list[int]:
+  return tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def test_ids(theirs, tmp_path):
+  """As they lie in their own files, and in the tokenizer.json that `transformers` writes."""
+  tokenizer, directory, size = theirs
+  tokenizer.save_pretrained(tmp_path)
+  assert (tmp_path / 'tokenizer.json').exists()
+  for place in (directory, tmp_path):
+    ours = tokens.find(place, size)
+    for text in TEXTS:
+      assert ours.encode(text) == ids(tokenizer, text), (place, text)
+    assert ours.pad == tokenizer.pad_token_id or tokenizer.pad_token_id is None
+    for role in ('unk', 'mask', 'cls', 'sep'):
+      id_ = getattr(tokenizer, f'{role}_token_id', None)
+      assert getattr(ours, role) in (id_, 0 if role in ('cls', 'sep') else None)
+
+
+def test_they_read_what_is_written(theirs, tmp_path):
+  _, directory, size = theirs
+  ours = tokens.find(directory, size)
+  assert tokens.write(ours, tmp_path)
+  again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for text in TEXTS:
+    assert ids(again, text) == ours.encode(text)
