@@ -25,6 +25,7 @@ from lmjax.errors import UserError
 from lmjax.terminal import say
 
 LIMIT = 1e-5  # relative, of the losses on other devices
+_UNKILLED = 'the run ended before it could be killed: give it more --steps'
 EXPERIMENT = """import json, pathlib
 from ml_collections import ConfigDict
 def get_config():
@@ -36,7 +37,7 @@ def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
   """Whether it holds for the experiment of a resolved config; says what it sees.
 
   Raises:
-    UserError: the experiment does not run.
+    UserError: the experiment does not run, or is over before it can be killed.
   """
   chance, c = random.Random(0), shortened(given, steps)
   with tempfile.TemporaryDirectory(prefix='lmjax-check-') as scratch:
@@ -53,8 +54,7 @@ def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
         print(f'killed when step {step} was logged', flush=True)
     run(at / 'broken')
     if not killed:
-      print('the run ended before it could be killed: give it more --steps')
-      return False
+      raise UserError(_UNKILLED)
     differences = list(record.diff(at / 'straight', at / 'broken'))
     print('\n'.join(differences) or record.verdict(at / 'straight', at / 'broken'), flush=True)
     return not differences and _holds_elsewhere(at, c['deterministic_sum'])
@@ -84,8 +84,7 @@ def _holds_elsewhere(at: pathlib.Path, exact: bool) -> bool:
     return True
   killed = run(at / 'moved', len(record.lines(at / 'straight', 'ledger.jsonl')) // 2)
   if not killed:
-    print('the run ended before it could be killed: give it more --steps')
-    return False
+    raise UserError(_UNKILLED)
   run(at / 'moved', environment=environment)
   batches, losses = (
     [

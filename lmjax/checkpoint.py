@@ -10,7 +10,7 @@ has the fingerprints that it says; any other is set aside in `quarantine/`.
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from etils import epath
@@ -178,7 +178,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         [r for r in processes.collect(self._background.outcome()) or () if r]
       )
       if reasons:
-        raise StorageError(min(reasons, key=lambda reason: reason == disk.ELSEWHERE))  # the cause
+        self._not_saved(min(reasons, key=lambda reason: reason == disk.ELSEWHERE))  # the cause
+
+  def _not_saved(self, why: str) -> NoReturn:
+    if processes.index() == 0:
+      self._steps.remove_unfinished()  # the disk may be full of it
+    raise StorageError(why)
 
   def close(self) -> None:
     """Waits for the last save, alone; needed before the process ends.
@@ -187,7 +192,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       StorageError: it was not saved.
     """
     if why := self._background.outcome():
-      raise StorageError(why)
+      self._not_saved(why)
 
   def __exit__(self, *exception: object) -> None:
     self.close()
@@ -251,11 +256,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._steps.tidy()  # threads of a save that failed may have written on
       disk.write(self._steps.path(step), arrays, manifest, attempt)
     except Exception as e:
-      if processes.index() == 0 and attempt == self._background.attempts:  # none has begun since
-        self._steps.remove_unfinished()  # the disk may be full of it
       why = f'checkpoint {step} could not be saved in {self.directory}: {disk.first_line(e)}'
       raise StorageError(why) from e
-    if processes.index() == 0:
+    if processes.index() == 0 and disk.is_newest(attempt):
       there = self.steps()
       keep = {self.best(), *there[-self._keep_last :]}
       keep |= {step for step in there if self._keep_every and step % self._keep_every == 0}

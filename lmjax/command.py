@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from lmjax import config, processes
+from lmjax import config, processes, terminal
 from lmjax.errors import Restart, StorageError, UserError
 from lmjax.terminal import say
 
@@ -28,6 +28,7 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   """Parses the flags and runs `main`; an exception that knows its exit code becomes a sentence."""
+  terminal.outlive()
   argv = argv or sys.argv
   if {'-h', '--help', '--helpshort'} & set(argv):
     app.usage(shorthelp=True, exitcode=0)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 import logging
 import sys
 import threading
@@ -20,14 +21,18 @@ from lmjax.steps import Damaged
 ELSEWHERE = 'another process could not save its part of a checkpoint'
 
 
+_attempts = itertools.count(1)  # of this process to save, by which all know them
+_newest = 0
+_changed, _failed = threading.Condition(), set()
+_left: list[threading.Thread] = []  # those that wait for a process that has failed
+
+
 class Background:
   """Saves, one after the other, each in a thread; one that fails in one process has in all."""
 
   def __init__(self):
-    self.attempts = 0
-    self._saving: concurrent.futures.Future | None = None
-    self._changed, self._failed = threading.Condition(), set()
-    processes.on('unsaved', self._hear)
+    self._attempt, self._saving, self._thread = 0, None, None
+    processes.on('unsaved', _hear)
 
   @property
   def busy(self) -> bool:
@@ -35,20 +40,26 @@ class Background:
     return self._saving is not None
 
   def begin(self, save: Callable[[int], None]) -> None:
-    """Begins save(attempt), which raises StorageErrors."""
-    self.attempts += 1
+    """Begins save(attempt), which raises StorageErrors; it waits where two are left to wait."""
+    global _newest
+    while len(alive := [thread for thread in _left if thread.is_alive()]) > 1:
+      alive[0].join()  # each has a copy of the state
+    _left[:] = alive
+    self._attempt = _newest = next(_attempts)
     self._saving = concurrent.futures.Future()
-    args = (save, self.attempts, self._saving)
-    threading.Thread(target=self._run, args=args, name='checkpoint', daemon=True).start()
+    args = (save, self._attempt, self._saving)
+    self._thread = threading.Thread(target=_run, args=args, name='checkpoint', daemon=True)
+    self._thread.start()
 
   def outcome(self) -> str:
     """When the save under way has come to its end: why it failed, or ''."""
     saving, self._saving = self._saving, None
     if not saving:
       return ''
-    with self._changed:
-      self._changed.wait_for(lambda: saving.done() or self.attempts in self._failed)
+    with _changed:
+      _changed.wait_for(lambda: saving.done() or self._attempt in _failed)
     if not saving.done():  # it waits for the other one, for 300 s, and there is no way to end it
+      _left.append(self._thread)
       return ELSEWHERE
     try:
       saving.result()
@@ -56,28 +67,34 @@ class Background:
       return str(e)
     return ''
 
-  def _run(
-    self, save: Callable[[int], None], attempt: int, saving: concurrent.futures.Future
-  ) -> None:
-    try:
-      save(attempt)
-    except BaseException as e:
-      self._tell(attempt)
-      saving.set_exception(e)
-    else:
-      saving.set_result(None)
-    with self._changed:
-      self._changed.notify_all()
 
-  def _hear(self, peer: int, attempt: int) -> None:
-    self._tell(attempt, but=peer)  # only process 0 is heard by all
-    with self._changed:
-      self._failed.add(attempt)
-      self._changed.notify_all()
+def is_newest(attempt: int) -> bool:
+  """Whether none has begun since, in this process."""
+  return attempt == _newest
 
-  def _tell(self, attempt: int, but: int | None = None) -> None:
-    for peer in set(processes.peers()) - {but}:
-      processes.tell(peer, 'unsaved', attempt)
+
+def _run(save: Callable[[int], None], attempt: int, saving: concurrent.futures.Future) -> None:
+  try:
+    save(attempt)
+  except BaseException as e:
+    _tell(attempt)
+    saving.set_exception(e)
+  else:
+    saving.set_result(None)
+  with _changed:
+    _changed.notify_all()
+
+
+def _hear(peer: int, attempt: int) -> None:
+  _tell(attempt, but=peer)  # only process 0 is heard by all
+  with _changed:
+    _failed.add(attempt)
+    _changed.notify_all()
+
+
+def _tell(attempt: int, but: int | None = None) -> None:
+  for peer in set(processes.peers()) - {but}:
+    processes.tell(peer, 'unsaved', attempt)
 
 
 def write(
@@ -85,7 +102,7 @@ def write(
 ) -> None:
   """Writes a step under another name and renames it once complete (in a bucket: marks it).
 
-  Each call has an `attempt` of its own: where one fails in one process, others still wait for it.
+  Each has an `attempt` of its own: where one fails in one process, others still wait for it.
   With names of processes Orbax has them meet without the devices, which others use meanwhile.
   """
   meeting = ocp.options.MultiprocessingOptions(

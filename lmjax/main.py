@@ -10,7 +10,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from lmjax import command, config, terminal
+from lmjax import command, config
 
 # A step allocates its temporaries anew.  By default glibc gives freed ones back to the system, and
 # clearing them again takes a quarter of the CPU time of a small model on a CPU: Shakespeare on two
@@ -29,7 +29,6 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-  terminal.outlive()
   if flags.FLAGS.config is None:
     raise config.UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if not flags.FLAGS.workdir:

@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 from lmjax import rollcall
 from lmjax.errors import UserError
 from lmjax.rollcall import ARRIVAL
-from lmjax.terminal import say
+from lmjax.terminal import flush, say
 
 # JAX takes a host for lost after so many seconds of silence, which a migrating machine or a switch
 # that fails over may need.  A process that dies is noticed at once, as its line is closed.
@@ -76,7 +75,7 @@ def leave(code: int, why: str) -> NoReturn:
   """Ends all processes at once, from any thread."""
   if _line:
     _line.fail(code, f'process {_line.index} ({_line.hosts[_line.index]}) stopped: {why}')
-  sys.stdout.flush()
+  flush()
   os._exit(code)
 
 
@@ -262,6 +261,5 @@ class _Line:
       for peer, thread in self._threads.items():
         if thread is not threading.current_thread() and peer not in self._silent:
           thread.join(max(0.0, deadline - time.monotonic()))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(code)

@@ -105,7 +105,8 @@ def diff(first: str, second: str) -> Iterator[str]:
   decided = [lines(run, 'events.jsonl') for run in runs]
   if decided[0] != decided[1]:
     x, y = next(pair for pair in itertools.zip_longest(*decided) if pair[0] != pair[1])
-    said = lambda e: f'{e.get("event")} of step {e.get("step")} ({e.get("why")})'
+    keys = ('event', 'step', 'batch', 'to', 'why')
+    said = lambda e: ', '.join(f'{key} {e[key]}' for key in keys if key in e)
     x, y = (said(e) if e else 'none' for e in (x, y))
     yield f'event: the first that differs is {x} | {y}'
   ledgers = [lines(run, 'ledger.jsonl') for run in runs]

@@ -110,8 +110,8 @@ class Stop(contextlib.AbstractContextManager):
         say(f'stopped by {name} before the first step: nothing is lost; start it again')
         processes.leave(Restart.exit_code, f'stopped by {name}')
       if self._count == 1:
-        say(f'{name}: stopping after this step, which will be saved')
         self._ask(name)
+        say(f'{name}: stopping after this step, which will be saved')
       if self._count > 2:
         say(f'{name} for the third time: leaving at once, without what is not saved yet')
         os._exit(Restart.exit_code)

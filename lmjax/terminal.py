@@ -1,28 +1,41 @@
 """The person at the terminal, who may go away before the work is done."""
 
+import contextlib
 import io
 import sys
 
 
 def say(text: str) -> None:
-  """A line of ours on stderr."""
-  print(f'lmjax: {text}', file=sys.stderr, flush=True)
+  """A line of ours on stderr, if that is still there."""
+  with contextlib.suppress(OSError, ValueError):
+    print(f'lmjax: {text}', file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+  """Writes what is held back, before the process ends without Python's help."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
 
 
 def outlive() -> None:
   """From here on what cannot be written there is lost, as when ssh breaks or `| head` is done."""
   for name in ('stdout', 'stderr'):
     stream = getattr(sys, name)
+    if stream is None or stream is not getattr(sys, f'__{name}__'):  # closed, or somebody else's
+      continue
     stream.flush()
     lasting = io.BufferedWriter(_Lasting(stream.fileno(), 'w', closefd=False))
     about = {'encoding': stream.encoding, 'errors': stream.errors}
-    buffered = {'line_buffering': stream.line_buffering, 'write_through': stream.write_through}
-    setattr(sys, name, io.TextIOWrapper(lasting, **about, **buffered))
+    at_once = stream.line_buffering or stream.write_through  # the latter of python -u
+    made = io.TextIOWrapper(lasting, **about, line_buffering=at_once)
+    setattr(sys, name, made)
 
 
 class _Lasting(io.FileIO):
   def write(self, data: bytes) -> int | None:
     try:
-      return super().write(data)
+      written = super().write(data)
     except OSError:
-      return len(data)
+      written = None
+    return len(data) if written is None else written  # None: it does not take any now

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from lmjax.data import cache, sources, tokenizer
+from lmjax.errors import UserError
 
 OPTIONS = {'name': 'wordpiece', 'vocab_size': 150}
 
@@ -48,3 +49,34 @@ def test_a_damaged_one_is_trained_again(made, harm):
   assert 'training the tokenizer wordpiece' in said.out
   assert (f'the tokenizer in {directory}' in said.err) == (harm != 'directory')
   assert not list(directory.parent.glob('*.tmp'))
+
+
+def test_without_locks_what_another_has_made_stays(made, tmp_path, monkeypatch):
+  """As in a bucket: both train, and the second finds the first one's."""
+  monkeypatch.setattr(cache.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(95, 'none')))
+  train, removed = tokenizer.get, []
+
+  def slow(*args, **kwargs):
+    result = train(*args, **kwargs)
+    monkeypatch.setattr(tokenizer, 'get', train)
+    made()  # another process, meanwhile
+    monkeypatch.setattr(type(tmp_path), 'rename', lambda *_: removed.append(1))
+    return result
+
+  monkeypatch.setattr(tokenizer, 'get', slow)
+  _, _, directory = made()
+  kept = (directory / 'tokenizer.json').stat().st_ino
+  assert kept
+  assert not list(directory.parent.glob('*.tmp'))
+
+
+def test_what_cannot_be_read_now_is_not_thrown_away(made, monkeypatch):
+  _, _, directory = made()
+
+  def failing(path):
+    raise OSError(5, 'Input/output error')
+
+  monkeypatch.setattr(tokenizer.jsonio, 'read', failing)
+  with pytest.raises(UserError, match='Input/output error'):
+    made()
+  assert (directory / 'tokenizer.json').exists()

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lmjax import config, evaluate, experiment, fingerprint, train
+from lmjax import config, disk, evaluate, experiment, fingerprint, train
 from lmjax import sharding as sharding_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.errors import StorageError, UserError
@@ -224,6 +225,78 @@ def test_a_failed_save_is_raised_once_and_leaves_nothing(tmp_path, monkeypatch):
 
 def fail(*args, **kwargs):
   raise OSError(28, 'disk full')
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+  """elsewhere() is what another process says that could not save, of the save under way."""
+  heard = {}
+  monkeypatch.setattr(disk.processes, 'on', heard.__setitem__)
+  return lambda: heard['unsaved'](1, disk._newest)
+
+
+def test_what_another_process_could_not_save_is_left_alone(tmp_path, monkeypatch, elsewhere):
+  """The thread that waits for it meets no later save, and deletes nothing."""
+  state, real, attempts, gate = {'w': jnp.arange(4.0)}, disk.write, [], threading.Event()
+
+  def write(path, arrays, manifest, attempt):
+    attempts.append(attempt)
+    gate.wait(60)
+    real(path, arrays, manifest, attempt)
+
+  checkpoints = Checkpoints(tmp_path, keep_last=1)
+  checkpoints.save(1, state, {})
+  checkpoints.wait()
+  monkeypatch.setattr(disk, 'write', write)
+  checkpoints.save(2, state, {})
+  while not attempts:
+    time.sleep(0.01)
+  (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
+  Checkpoints(tmp_path, read_only=True).close()  # as `init_from` opens others
+  elsewhere()
+  with pytest.raises(StorageError, match='another process could not save its part'):
+    checkpoints.wait()
+  assert [path.name for path in tmp_path.iterdir()] == ['1']
+  monkeypatch.setattr(disk, 'write', real)
+  with Checkpoints(tmp_path, keep_last=2) as after_a_roll_back:
+    after_a_roll_back.save(3, state, {})
+    after_a_roll_back.wait()
+    assert disk._newest > attempts[0]
+    gate.set()
+    disk._left[-1].join(60)
+    assert after_a_roll_back.steps() == [1, 2, 3]
+
+
+def test_no_more_than_two_copies_wait_for_others(tmp_path, monkeypatch, elsewhere):
+  state, gates = {'w': jnp.arange(4.0)}, []
+
+  def write(*_):
+    gates.append(threading.Event())
+    gates[-1].wait(60)
+    raise OSError(5, 'the other did not come')
+
+  monkeypatch.setattr(disk, 'write', write)
+  checkpoints = Checkpoints(tmp_path, keep_last=1)
+  for step in (1, 2):
+    checkpoints.save(step, state, {})
+    while len(gates) < step:
+      time.sleep(0.01)
+    elsewhere()
+    with pytest.raises(StorageError):
+      checkpoints.wait()
+  alive = lambda: sum(thread.is_alive() for thread in disk._left)
+  assert alive() == 2
+  threading.Timer(0.5, gates[0].set).start()
+  began = time.monotonic()
+  checkpoints.save(3, state, {})
+  assert time.monotonic() - began > 0.3
+  for gate in gates[1:]:
+    gate.set()
+  while len(gates) < 3:
+    time.sleep(0.01)
+  gates[2].set()
+  with pytest.raises(StorageError, match='the other did not come'):
+    checkpoints.close()
 
 
 def test_half_deleted_steps_are_no_checkpoints(tmp_path, monkeypatch, capsys):

@@ -106,7 +106,7 @@ def test_a_decision_is_named_before_what_follows_from_it(run, tmp_path):
   a, b = run('a'), run('b', losses=(3.0, 2.5, 1.0))
   (tmp_path / 'b' / 'events.jsonl').write_text('{"event": "skip", "step": 2, "why": "it"}\n')
   said = list(record.diff(a, b))
-  assert said[0] == 'event: the first that differs is none | skip of step 2 (it)'
+  assert said[0] == 'event: the first that differs is none | event skip, step 2, why it'
   assert said[1].startswith('loss: first differs at step 2')
 
 

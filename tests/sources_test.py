@@ -229,10 +229,15 @@ NOISE = os.urandom(3000).hex().encode()
     # A time would be part of the test's name, which all workers must agree on.
     ('a.txt', gzip.compress(b'text', mtime=0), {}, r'gzip data \(call it .gz\)'),
     ('a.txt', 'text'.encode('utf-16'), {}, 'UTF-16'),
-    ('a.txt', b'abc \xe9t\xe9', {}, r'byte 4 \(0xe9\) is not UTF-8, as 2 characters'),
-    ('a.txt', b'\xef\xbb\xbfabc \xe9', {}, r'byte 7 \(0xe9\) is not UTF-8'),
-    ('a.txt', b'abc \xc3', {}, r'byte 4 \(0xc3\) is not UTF-8'),
-    ('a.jsonl', jsonl(['a']) + b'{"text": "\xff"}', {}, r'byte 32 \(0xff\)'),
+    ('a.txt', b'abc ' + b'\xe9t\xe9 ' * 2, {}, r'byte 4 \(0xe9\) is not UTF-8, and there are 4'),
+    ('a.txt', b'\xef\xbb\xbfabc' + b' \xe9' * 4, {}, r'byte 7 \(0xe9\) is not UTF-8'),
+    (
+      'a.txt',
+      b'a ' * 5000 + b'\xff ' * 11,
+      {},
+      r'byte 10000 \(0xff\) is not UTF-8, and there are 11',
+    ),
+    ('a.jsonl', jsonl(['a']) + b'{"text": "\xff\xff\xff\xff"}', {}, r'byte 32 \(0xff\)'),
     ('a.jsonl', jsonl(['a']) + b'\n{"text": "b"', {}, 'a.jsonl:3: not JSON'),
     ('a.jsonl', b'[' * 100000, {}, 'a.jsonl:1: not JSON'),
     ('a.json', b'[\n{"text": "b"}]', {}, 'a.json:1: not JSON'),
@@ -300,7 +305,9 @@ def test_unreadable_file():
 @pytest.mark.parametrize(
   ('name', 'data', 'kwargs', 'document'),
   [
-    ('a.txt', b'a' * 1001 + b'\xff', {}, 'a' * 1001 + '\ufffd'),
+    ('a.txt', b'abc \xe9t\xe9', {}, 'abc \ufffdt\ufffd'),
+    ('a.txt', b'a' * 8000 + b'\xff' * 7, {}, 'a' * 8000 + '\ufffd' * 7),
+    ('a.txt', '\ufffd'.encode() * 50 + b'\xff', {}, '\ufffd' * 51),
     ('a.txt', b'a' * 70000 + b'\xff\xff', {}, 'a' * 70000 + '\ufffd' * 2),
     ('a.txt.gz', b'a' * 70000 + b'\xc3', {}, 'a' * 70000 + '\ufffd'),
     ('a.txt', b'ok\n' * 400 + b'\xff\xc3\xa9', {'document': 'line'}, '\ufffdé'),

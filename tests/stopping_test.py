@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
@@ -238,6 +239,30 @@ def test_ctrl_c_is_two_sentences(tiny, tmp_path, started):
   first, second = said.strip().splitlines()
   assert first == 'lmjax: SIGINT: stopping after this step, which will be saved'
   assert re.fullmatch(r'lmjax: stopped by SIGINT after step \d+ of 1000000, which is saved', second)
+
+
+@pytest.mark.parametrize('api', [False, True])
+def test_a_lost_terminal_ends_or_stops_what_ran_there(api):
+  """Whose output can be written no more; the second is a script that trains."""
+  waits = 'print("here", flush=True)\n  sys.stdout.write("held back")\n  time.sleep(60)\n'
+  code = (
+    'import sys, time\nfrom lmjax import command, stopping\n'
+    + (f'def main():\n  {waits}command.run(main, ["it"])\n')
+    if not api
+    else 'import sys, time\nfrom lmjax import stopping\nwith stopping.Stop() as stop:\n'
+    '  stop.begin()\n  print("here", flush=True)\n'
+    '  while not stop.tick():\n    time.sleep(0.01)\nsys.stdout = None\n'
+    'import os\nos._exit(76)\n'
+  )
+  ours, theirs = pty.openpty()
+  process = subprocess.Popen(
+    [sys.executable, '-c', code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+  )
+  os.close(theirs)
+  assert b'here' in os.read(ours, 100)
+  os.close(ours)
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(timeout=30) == (76 if api else 75)
 
 
 def test_nohup_is_obeyed(tiny, tmp_path, monkeypatch):

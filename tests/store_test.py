@@ -176,7 +176,7 @@ def test_what_was_no_text_is_counted_and_said_at_every_start(tmp_path, capsys):
   source = sources.open_source(str(tmp_path / 'a.txt'), document='line')
   for _ in range(2):
     assert store.build(source, BYTES, str(tmp_path)).replaced == (3, 2)
-    said = 'a.txt: 3 characters, in 2 of 2,000 documents, were not UTF-8 and read as U+FFFD'
+    said = 'a.txt: 3 characters, in 2 of 2,000 documents, are U+FFFD: not UTF-8, or replaced by'
     assert said in capsys.readouterr().err
 
 

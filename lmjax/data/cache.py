@@ -52,33 +52,40 @@ def trained(options: Mapping[str, Any], source: Source, cache: str) -> Tokenizer
   key = json.dumps([options, source.fingerprint], sort_keys=True)
   digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
   directory = epath.Path(cache).expanduser() / 'tokenizers' / digest
-  if not _whole(directory):
+  if isinstance(found := _kept(directory), str):
     with lock(directory):
-      if not _whole(directory):
+      if isinstance(found := _kept(directory), str):
+        if found:
+          say(found)
         print(f'training the tokenizer {options["name"]} on {source.spec}', flush=True)
-        _keep(tokenizer.get(texts=texts, **options), directory)
-  return tokenizer.load(str(directory))
+        found = tokenizer.get(texts=texts, **options)
+        _keep(found, directory)
+  return found
 
 
-def _whole(directory: epath.Path) -> bool:
-  if not directory.exists():
-    return False
+def _kept(directory: epath.Path) -> Tokenizer | str:
+  """What is there, or why it is damaged; '' where nothing is.
+
+  Raises:
+    UserError: it cannot be read, which may pass.
+  """
   try:
-    tokenizer.load(str(directory))
+    return tokenizer.load(str(directory))
   except UserError as e:
-    say(str(e))
-    return False
-  return True
+    if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, FileNotFoundError):
+      raise
+    return str(e) if directory.exists() else ''
 
 
 def _keep(made: Tokenizer, directory: epath.Path) -> None:
   scratch, aside = (epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp') for _ in range(2))
   scratch.mkdir(parents=True)
   made.save(str(scratch))
-  with contextlib.suppress(FileNotFoundError):  # a damaged one
-    directory.rename(aside)
-    aside.rmtree()
+  if isinstance(_kept(directory), str):  # where there are no locks, others may have been faster
+    with contextlib.suppress(FileNotFoundError):
+      directory.rename(aside)
+      aside.rmtree()
   try:
     scratch.rename(directory)
-  except OSError:  # another run made it at the same time, where there are no locks
+  except OSError:
     scratch.rmtree()

@@ -21,7 +21,7 @@ from lmjax.errors import UserError
 
 MAX_LINE = 32 << 20  # bytes
 _HEAD = 64 << 10  # bytes of each text file that are looked at before anything else
-_ODD = 1e-3  # where more than this is not UTF-8, the text is of another encoding
+_ODD, _SHARE = 3, 1e-3  # where more than these are not UTF-8, the text is of another encoding
 _MAGIC = (
   (b'%PDF-', 'a PDF'),
   (b'PK\3\4', 'a zip archive'),
@@ -226,11 +226,10 @@ def _check_head(file: File) -> None:
   try:
     head.decode()
   except UnicodeDecodeError as e:
-    if (odd := streams.decoded(head).count('\ufffd')) > _ODD * len(head):
-      raise UserError(
-        f'{file.path}: byte {e.start} ({head[e.start]:#04x}) is not UTF-8, as {odd} characters of '
-        f'its first {len(head)} bytes are not; convert the file'
-      ) from e
+    odd = streams.decoded(head).count('\ufffd') - head.count(b'\xef\xbf\xbd')
+    if odd > max(_ODD, _SHARE * len(head)):
+      where = f'{file.path}: byte {e.start} ({head[e.start]:#04x})'
+      raise UserError(f'{where} is not UTF-8, and there are {odd} such; convert the file') from e
 
 
 def _decode(data: bytes, start: int) -> str:
@@ -242,8 +241,8 @@ def _json_text(line: str, where: str, key: str) -> str:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as e:
-    reason = getattr(e, 'msg', e)  # without json's own "line 1"
-    raise UserError(f'{where}: not JSON ({reason}); write one JSON object a line') from e
+    why = getattr(e, 'msg', e)  # without json's own "line 1"
+    raise UserError(f'{where}: not JSON ({why}); write one JSON object a line') from e
   if not isinstance(record, dict):
     kind = type(record).__name__
     raise UserError(f'{where}: not a JSON object but a {kind}; write one JSON object a line')

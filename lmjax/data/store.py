@@ -6,7 +6,7 @@ A store is a directory, keyed by the fingerprints of its source and tokenizer:
   shard-00000/documents.npy   int64, where each document begins in tokens.npy
   shard-00000/sentences.npy   int64, where each sentence begins
   shard-00000/bytes.npy       int64, the length of each document's text in UTF-8
-  shard-00000/replaced.npy    int64, how many of its characters stand for what is not UTF-8
+  shard-00000/replaced.npy    int64, how many of its characters are U+FFFD, for what is not UTF-8
   store.json                  totals, fingerprints, checksums; written last: with it, it is whole
 
 Shards are built in parallel, each in a directory that is renamed when done, so that an interrupted
@@ -57,7 +57,7 @@ class Store:
   sentences: np.ndarray
   num_bytes: int  # of the original text, in UTF-8
   digest: str  # identity of the content: equal stores hold equal tokens
-  replaced: tuple[int, int] = (0, 0)  # characters that stand for what is not UTF-8; documents
+  replaced: tuple[int, int] = (0, 0)  # characters that are U+FFFD; documents that have any
   path: str = ''
   damage: Sequence[str] = ()  # what a check has found that runs beside
 
@@ -113,7 +113,7 @@ def build(source: Source, tokenizer: Tokenizer, place: str) -> Store:
     characters, documents = store.replaced
     say(
       f'{source.spec}: {characters:,} characters, in {documents:,} of {store.num_documents:,} '
-      'documents, were not UTF-8 and read as U+FFFD'
+      'documents, are U+FFFD: not UTF-8, or replaced by somebody before'
     )
   return store
 
