@@ -1,6 +1,8 @@
 """What a user sees, and what survives, when peers die, disks fail, or two runs want one workdir.
 
-python tests/benchmarks/trouble.py peers|storage|writers [--tries 50] [--seed 0]
+python tests/benchmarks/trouble.py peers|storage|writers [--tries 50] [--seed 0] [--only WORD]
+
+--only runs the rows of `peers` with this word in their names.
 
 The rows of `storage` mount a small disk in memory, for which one must be root.
 """
@@ -60,7 +62,7 @@ def say(log: str) -> str:
 # ------------------------------------------------------------------------------------------- peers
 
 
-def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+def peers(root: pathlib.Path, tries: int, chance: random.Random, only: str) -> dict:
   rows = {}
   c = trials.experiment(
     'gpt', root, **{'steps': 120, 'checkpoint.every': 20, 'evaluate.every': 120}
@@ -68,7 +70,8 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
   (root / 'config.json').write_text(json.dumps(c))
   (root / 'experiment.py').write_text(signals.EXPERIMENT)
   assert [p.wait() for p in signals.begin(root, root / 'straight', 2)] == [0, 0]
-  for kind in ('worker killed', 'coordinator killed', 'worker stopped', 'worker crashes'):
+  kinds = ('worker killed', 'coordinator killed', 'worker stopped', 'worker crashes')
+  for kind in (kind for kind in kinds if only in kind):
     told, seconds, wrong = collections.Counter(), [], []
     for i in range(tries):
       workdir = root / 'run'
@@ -113,7 +116,7 @@ def peers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
 FOR_A_WHILE = 'full for a while, but for the log'
 
 
-def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+def storage(root: pathlib.Path, tries: int, chance: random.Random, _: str) -> dict:
   disk = root / 'disk'
   disk.mkdir()
   c = trials.experiment('gpt', root, **{'model.dim': 64, 'steps': 60, 'checkpoint.every': 10})
@@ -184,7 +187,7 @@ def storage(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
 # ----------------------------------------------------------------------------------------- writers
 
 
-def writers(root: pathlib.Path, tries: int, chance: random.Random) -> dict:
+def writers(root: pathlib.Path, tries: int, chance: random.Random, _: str) -> dict:
   c = trials.experiment('gpt', root, steps=20)
   assert trials.wait(trials.start(c, root / 'straight')) == 0
   told, wrong = collections.Counter(), []
@@ -217,11 +220,12 @@ def main() -> None:
   parser.add_argument('table', choices=['peers', 'storage', 'writers'])
   parser.add_argument('--tries', type=int, default=50)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--only', default='')
   args = parser.parse_args()
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as scratch:
     table = {'peers': peers, 'storage': storage, 'writers': writers}[args.table]
-    rows = table(pathlib.Path(scratch), args.tries, random.Random(args.seed))
+    rows = table(pathlib.Path(scratch), args.tries, random.Random(args.seed), args.only)
   result = {'tries of each': args.tries, 'seconds': round(time.monotonic() - began), **rows}
   print(json.dumps(result, indent=2, ensure_ascii=False))
   sys.exit(any(row['wrong'] for row in rows.values()))
