@@ -72,7 +72,8 @@ def _kept(directory: epath.Path) -> Tokenizer | str:
   try:
     return tokenizer.load(str(directory))
   except UserError as e:
-    if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, FileNotFoundError):
+    nothing = FileNotFoundError | NotADirectoryError
+    if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, nothing):
       raise
     return str(e) if directory.exists() else ''
 
