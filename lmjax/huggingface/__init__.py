@@ -33,9 +33,10 @@ from lmjax.workdir import describe, owned
 
 ARCHITECTURES = ('gpt2', 'llama', 'roberta', 'bert')
 LONGEST = 1024  # tokens in an example of an imported experiment, at most
-HEADER = '''"""{source}, imported; the run in this directory goes on with
+# It is run, and so no name of a file goes into it.
+HEADER = '''"""An imported model; with its directory for DIR, its run goes on with
 
-python -m lmjax.main --config {workdir}/experiment.py --workdir {workdir}
+python -m lmjax.main --config DIR/experiment.py --workdir DIR
 """
 '''
 
@@ -183,8 +184,7 @@ def to_workdir(
     digests = {'tokenizer': made.fingerprint}
     with Checkpoints(place / 'checkpoints') as checkpoints:
       checkpoints.save(0, state, {**FRESH, 'roll_backs': 0, 'config': c, 'data': digests})
-    text = HEADER.format(source=source.directory, workdir=place)
-    (place / 'experiment.py').write_text(text + EXPERIMENT)
+    (place / 'experiment.py').write_text(HEADER + EXPERIMENT)
     describe(parts, place, digests, sum(x.size for x in jax.tree.leaves(params)), 0)
 
 
@@ -207,7 +207,7 @@ def from_workdir(
   parts, directory = experiment.open_run(workdir), epath.Path(path).expanduser()
   if directory.exists() and any(directory.iterdir()):
     raise UserError(f'{directory} is not empty: choose another')
-  objective, model = parts.config['objective'], filled(parts)
+  objective, model = parts.config['objective'], _filled(parts)
   given = {'objective': objective, 'model': model, 'tokenizer': {'pad': parts.tokenizer.pad}}
   architecture = _architecture(given)
   mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
@@ -230,7 +230,7 @@ def from_workdir(
   scratch.rename(directory)
 
 
-def filled(parts: experiment.Experiment) -> dict[str, Any]:
+def _filled(parts: experiment.Experiment) -> dict[str, Any]:
   """The section `model` with what its size and its defaults stand for."""
   core = parts.core
   known = {key: getattr(core, key) for key in parts.config['model'] if hasattr(core, key)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.huggingface.weights import Weight, activation, refuse
+from lmjax.huggingface.weights import Weight, activation, modules, refuse
 
 PREFIX, HEADS = 'transformer.', ('lm_head.',)
 OPTIONAL = ('head/',)
@@ -67,18 +67,21 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
     Weight('core/position/embed/table', 'wpe.weight'),
     Weight('head/table/table', 'lm_head.weight'),
   ]
-  norms = {'blocks/attention_pre_norm': 'h.{}.ln_1', 'blocks/ffn_pre_norm': 'h.{}.ln_2'}
-  for ours, theirs in {**norms, 'output_norm': 'ln_f'}.items():
-    found.append(Weight(f'core/{ours}/scale', f'{theirs}.weight'))
-    found.append(Weight(f'core/{ours}/bias', f'{theirs}.bias'))
-  products = {'attention/out': 'attn.c_proj', 'ffn/up': 'mlp.c_fc', 'ffn/down': 'mlp.c_proj'}
+  norms = {
+    'core/blocks/attention_pre_norm': 'h.{}.ln_1',
+    'core/blocks/ffn_pre_norm': 'h.{}.ln_2',
+    'core/output_norm': 'ln_f',
+  }
+  products = {
+    'core/blocks/attention/out': 'h.{}.attn.c_proj',
+    'core/blocks/ffn/up': 'h.{}.mlp.c_fc',
+    'core/blocks/ffn/down': 'h.{}.mlp.c_proj',
+  }
   for ours, theirs in (('kernel', 'weight'), ('bias', 'bias')):
     for i, name in enumerate(('query', 'key', 'value')):
       path = f'core/blocks/attention/{name}/{ours}'
       found.append(Weight(path, f'h.{{}}.attn.c_attn.{theirs}', part=(i, 3)))
-    for part, name in products.items():
-      found.append(Weight(f'core/blocks/{part}/{ours}', f'h.{{}}.{name}.{theirs}'))
-  return found
+  return found + modules(norms, 'scale') + modules(products)
 
 
 def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:

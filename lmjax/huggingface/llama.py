@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.errors import UserError
-from lmjax.huggingface.weights import Weight, refuse
+from lmjax.huggingface.weights import Weight, modules, refuse
 
 PREFIX, HEADS = 'model.', ('lm_head.',)
 OPTIONAL = ()
@@ -81,11 +81,8 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
     **{'attention/value': 'self_attn.v_proj', 'attention/out': 'self_attn.o_proj'},
     **{'ffn/up': 'mlp.gate_proj', 'ffn/gate': 'mlp.up_proj', 'ffn/down': 'mlp.down_proj'},
   }
-  for ours, theirs in products.items():
-    path = f'core/blocks/{ours}'
-    found.append(Weight(f'{path}/kernel', f'{layer}{theirs}.weight', transposed=True))
-    found.append(Weight(f'{path}/bias', f'{layer}{theirs}.bias'))
-  return found
+  names = {f'core/blocks/{ours}': layer + theirs for ours, theirs in products.items()}
+  return found + modules(names, transposed=True)
 
 
 def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:

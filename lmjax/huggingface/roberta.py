@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.huggingface.weights import Weight, refuse
+from lmjax.huggingface.weights import Weight, modules, refuse
 
 PREFIX, HEADS = 'roberta.', ('lm_head.',)
 OPTIONAL = ('transform', 'head/')
@@ -72,9 +72,6 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
     f'{blocks}ffn_post_norm': f'{layer}output.LayerNorm',
     'transform_norm': 'lm_head.layer_norm',
   }
-  for ours, theirs in norms.items():
-    found.append(Weight(f'{ours}/scale', f'{theirs}.weight'))
-    found.append(Weight(f'{ours}/bias', f'{theirs}.bias'))
   products = {
     **{f'{blocks}attention/{x}': f'{layer}attention.self.{x}' for x in ('query', 'key', 'value')},
     f'{blocks}attention/out': f'{layer}attention.output.dense',
@@ -82,10 +79,7 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
     f'{blocks}ffn/down': f'{layer}output.dense',
     'transform': 'lm_head.dense',
   }
-  for ours, theirs in products.items():
-    found.append(Weight(f'{ours}/kernel', f'{theirs}.weight', transposed=True))
-    found.append(Weight(f'{ours}/bias', f'{theirs}.bias'))
-  return found
+  return found + modules(norms, 'scale') + modules(products, transposed=True)
 
 
 def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -84,12 +84,10 @@ def _special(made: Any, names: tuple[str, ...]) -> bytes:
 
 def write(tokenizer: Tokenizer, directory: epath.Path) -> bool:
   """Writes it as `transformers` reads it; False where it has no such form."""
-  roles = {'pad': 'pad', 'unk': 'unk', 'cls': 'cls', 'sep': 'sep', 'mask': 'mask'}
-  roles |= {'bos': 'bos', 'eos': 'eos'}
   about: dict[str, Any] = {
     f'{role}_token': tokenizer.pieces[i]
-    for role, name in roles.items()
-    if (i := getattr(tokenizer, name)) is not None
+    for role in ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos')
+    if (i := getattr(tokenizer, role)) is not None
   }
   if isinstance(tokenizer, Published):
     (directory / 'tokenizer.json').write_bytes(tokenizer.model)

@@ -47,6 +47,17 @@ class Weight:
     return '{}' in self.theirs
 
 
+def modules(
+  names: Mapping[str, str], weight: str = 'kernel', transposed: bool = False
+) -> list[Weight]:
+  """Of modules, ours -> theirs: the weight, by its name here, and the bias."""
+  found = []
+  for ours, theirs in names.items():
+    found.append(Weight(f'{ours}/{weight}', f'{theirs}.weight', transposed))
+    found.append(Weight(f'{ours}/bias', f'{theirs}.bias'))
+  return found
+
+
 class Files:
   """The arrays of a directory with safetensors, read one by one.  UserError where it has none."""
 
@@ -74,11 +85,13 @@ class Files:
 
   def read(self, name: str) -> np.ndarray:
     """In float32."""
+    import safetensors
+
     full, file = self._places[name]
-    opened = self._open(file)
-    if full not in set(opened.keys()):
-      raise UserError(f'{self._directory / file} has no {full}, which the index says it has')
-    array = opened.get_tensor(full)
+    try:
+      array = self._open(file).get_tensor(full)
+    except safetensors.SafetensorError as e:
+      raise UserError(f'{self._directory / file}: {full} cannot be read: {e}') from e
     if array.dtype.name not in _NUMBERS:
       raise UserError(f'{self._directory / file}: {full} is of type {array.dtype.name}')
     return array.astype(np.float32)
@@ -160,8 +173,8 @@ def given(weights: Iterable[Weight], params: Mapping[str, np.ndarray]) -> dict[s
 def _theirs(weight: Weight, x: np.ndarray) -> np.ndarray:
   name = weight.ours.rpartition('/')[2]
   if name == 'kernel':
-    inputs = -1 if '/out/' not in weight.ours else 2  # heads, head -> dim; else inputs come first
-    x = x.reshape(-1, x.shape[-1]) if inputs == 2 else x.reshape(len(x), -1)
+    joined = '/out/' in weight.ours  # from heads and their dims; elsewhere there is one input
+    x = x.reshape(-1, x.shape[-1]) if joined else x.reshape(len(x), -1)
   elif name == 'bias':
     x = x.reshape(-1)
   if weight.skip:
