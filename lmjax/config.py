@@ -56,6 +56,7 @@ def base(
   c.deterministic_sum = False  # the same bits on any power of two of devices (at least 2)
   c.virtual_shards = 8  # parts of a batch that it adds up; no fewer than devices
   c.length = 256  # tokens in an example
+  c.check = True  # before a new run the oracles of lmjax.check are tried on a small twin of it
   c.init_from = ''  # a workdir whose parameters start this run, instead of random ones
   c.cache = '~/.cache/lmjax'  # where corpora, tokenizers, token stores and compiled programs lie
 

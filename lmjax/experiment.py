@@ -195,9 +195,9 @@ class Sketch(Experiment):
     return self.config['tokenizer'].get('vocab_size') or self.tokenizer.vocab_size
 
 
-def sketch(config: Mapping[str, Any]) -> Sketch:
+def sketch(config: Mapping[str, Any], kind: type[Sketch] = Sketch) -> Sketch:
   """The resolved config's parts without its data, to compile what it would run."""
-  return Sketch(config, *_parts(config), sources={})
+  return kind(config, *_parts(config), sources={})
 
 
 def _parts(config: Mapping[str, Any]) -> tuple[Any, nn.Module, Optimizer]:

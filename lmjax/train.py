@@ -11,8 +11,8 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lmjax import config as config_lib
 from lmjax import (
+  check,
   experiment,
   fingerprint,
   generate,
@@ -27,6 +27,7 @@ from lmjax import (
   sharding,
   stopping,
 )
+from lmjax import config as config_lib
 from lmjax import workdir as workdir_lib
 from lmjax.data import loader
 from lmjax.errors import Restart, UserError
@@ -90,6 +91,8 @@ def _run(
   if c['log']['sample']:
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
+  if c['check'] and not (path / 'config.json').exists() and not jax.config.jax_disable_jit:
+    check.require(c)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     while True:
       try:

@@ -20,7 +20,7 @@ from lmjax.errors import StorageError, UserError
 from lmjax.experiment import Experiment
 
 # What may differ when a run is taken up again: where and how it is computed, but not what.
-FREE = ('cache', 'checkpoint', 'evaluate', 'guard', 'log', 'sharding')
+FREE = ('cache', 'check', 'checkpoint', 'evaluate', 'guard', 'log', 'sharding')
 FREE += ('model.attention', 'model.scan', 'model.remat')
 
 

@@ -1,85 +1,295 @@
-"""`check resume` says what it sees, and is not content with less."""
+"""The oracles hold of what is right, and each of them is seen to fail of what is not."""
 
-import json
+import itertools
+import os
 import re
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from lmjax import check, record
-from tests.processes_test import spawn
+from lmjax import check, errors, optimizer, train
+from lmjax.check import twin
+from lmjax.data import corrupt, pack
+from lmjax.metrics import Mean
+from lmjax.models import layers, shards, transformer
+from lmjax.models.attention import Mask
+from lmjax.models.positions import Learned
+from lmjax.objectives import clm
 from tests.train_test import as_file
 
+# What the experiments of experiments/, which have a test of their own, leave out.
+OTHERS = {
+  'documents apart': (
+    'clm',
+    {
+      'objective.separate_documents': True,
+      'objective.tied': False,
+      'objective.label_smoothing': 0.1,
+      'objective.z_loss': 1e-3,
+      'sharding.strategy': 'tensor',
+    },
+  ),
+  'packed pairs': (
+    'mlm',
+    {
+      'objective.sentence_order': True,
+      'objective.pairs_per_row': 4,
+      'objective.pair_length': 24,
+      'model.positions': 'relative',
+      'model.qk_norm': True,
+      'sharding.strategy': 'sequence',
+    },
+  ),
+  'static spans': (
+    'mlm',
+    {
+      'objective.masking': 'span',
+      'objective.dynamic': False,
+      'objective.dupe_factor': 3,
+      'model.initializer': 'fan_in',
+      'model.positions': 'sinusoidal',
+      'model.dropout': 0.1,
+    },
+  ),
+}
 
-def test_an_experiment_that_resumes_exactly(tiny, tmp_path):
-  c = tiny('clm', **{'model.dropout': 0.1, 'checkpoint.keep_best': 'eval/valid/loss'})
-  arguments = ['-m', 'lmjax.check', 'resume', as_file(c, tmp_path), '--steps=4', '--kills=1']
-  process = spawn(arguments)
-  said, errors = process.communicate(timeout=300)
-  assert process.returncode == 0, said + errors
-  assert re.search(r'^4 steps without a stop: state [0-9a-f]{16}$', said, re.M)
-  assert re.search(r'^killed when step \d was logged$', said, re.M)
-  assert 'the runs are the same: every batch, every loss, and the state at the end' in said
-  assert said.endswith('\na run that is taken up is the one that was never stopped\n')
-  assert re.search(
-    r'on with 2 instead of 4 device\(s\): the same batches; losses differ by \d', said
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_all_oracles_hold(tiny, name):
+  objective, own = OTHERS[name]
+  findings = dict(check.examine(tiny(objective, **own)))
+  assert findings.keys() == check.ORACLES.keys()
+  failures = [check.line(*pair) for pair in findings.items() if pair[1].holds is False]
+  assert not failures, '\n'.join(failures)
+
+
+# ------------------------------------------------------------------------------- planted mistakes
+
+
+def wrapped(made, change):
+  """`made` as a method or function whose result is changed."""
+  return lambda *args, **kwargs: change(made(*args, **kwargs), *args)
+
+
+def a_generator_is_shared(patch):
+  calls, keys = itertools.count(), corrupt.keys
+  patch.setattr(corrupt, 'keys', lambda seed, i, epochs: keys(seed, i, epochs + next(calls)))
+
+
+def the_letter_a_weighs_nothing(patch):
+  drop = lambda batch, *_: (
+    batch | {'weights': batch['weights'] * (batch['targets'] != 5 + ord('a'))}
+  )
+  patch.setattr(clm.Windows, '__call__', wrapped(clm.Windows.__call__, drop))
+
+
+def targets_are_not_shifted(patch):
+  same = lambda batch, *_: batch | {'targets': batch['tokens']}
+  patch.setattr(clm.Windows, '__call__', wrapped(clm.Windows.__call__, same))
+
+
+def the_mask_is_upside_down(patch):
+  replace = corrupt.replace
+  turned = lambda clean, chosen, *rest: replace(clean, ~chosen, *rest)
+  patch.setattr(corrupt, 'replace', turned)
+
+
+def weights_are_too_large(patch):
+  large = lambda role, fan_in, depth: jax.nn.initializers.normal(0.6)
+  patch.setitem(layers.INITS, 'gpt2', large)
+
+
+def the_next_token_is_seen(patch):
+  array = Mask.array
+  patch.setattr(
+    Mask, 'array', lambda self, *a: array(self, *a) | (jnp.eye(a[0], a[1], 1) > 0)[None]
   )
 
 
+def a_bert_looks_back_only(patch):
+  array = Mask.array
+  patch.setattr(Mask, 'array', lambda self, *a: array(self.replace(causal=True), *a))
+
+
+def positions_are_forgotten(patch):
+  patch.setattr(Learned, 'add', lambda self, x_BLD, positions_BL: x_BLD)
+
+
+def rows_are_mixed(patch):
+  mix = lambda x_BLD, *_: x_BLD + 0.1 * x_BLD.mean(axis=0, keepdims=True)
+  patch.setattr(clm.CausalLM, 'encode', wrapped(clm.CausalLM.encode, mix))
+
+
+def segments_are_forgotten(patch):
+  patch.setattr(Mask, 'segments', lambda self, length: None)
+
+
+def positions_do_not_begin_anew(patch):
+  places = lambda made, tokens, *_: (made[0], np.arange(tokens.size).reshape(tokens.shape) % 48)
+  patch.setattr(pack, 'document_segments', wrapped(pack.document_segments, places))
+
+
+def the_target_is_seen(patch):
+  call = clm.CausalLM.__call__
+
+  def peek(self, batch, train):
+    tokens = jnp.where(jnp.arange(48)[None] % 2, batch['tokens'], batch['targets'])
+    return call(self, batch | {'tokens': tokens}, train)
+
+  patch.setattr(clm.CausalLM, '__call__', peek)
+
+
+def dropout_in_evaluation(patch):
+  call = transformer.Transformer.__call__
+  noisy = lambda self, x, mask, train, *rest: call(self, x, mask, True, *rest)
+  patch.setattr(transformer.Transformer, '__call__', noisy)
+
+
+def a_part_gets_no_gradient(patch):
+  stop = lambda x_BLD, *_: jax.lax.stop_gradient(x_BLD)
+  patch.setattr(layers.FeedForward, '__call__', wrapped(layers.FeedForward.__call__, stop))
+
+
+def a_gradient_of_its_own_is_wrong(patch):
+  halved = jax.custom_vjp(lambda table, ids: table[ids])
+  backward = lambda saved, d: (layers._rows_backward(saved, 0.5 * d)[0], None)
+  halved.defvjp(layers._rows_forward, backward)
+  patch.setattr(layers, '_rows', halved)
+
+
+def inputs_are_lost(patch):
+  lost = lambda batch, *_: batch | {'tokens': 0 * batch['tokens'] + 5 + ord('a')}
+  patch.setattr(clm.Windows, '__call__', wrapped(clm.Windows.__call__, lost))
+
+
+def the_step_goes_uphill(patch):
+  schedule = optimizer.Optimizer.schedule_fn
+  turned = lambda self, steps: lambda count: -schedule(self, steps)(count)
+  patch.setattr(optimizer.Optimizer, 'schedule_fn', turned)
+
+
+def norms_decay(patch):
+  patch.setattr(optimizer, '_is_matrix', lambda names: True)
+
+
+def noise_is_stale(patch):
+  patch.setattr(jax.random, 'fold_in', lambda key, data: key)
+
+
+def a_mean_of_means(patch):
+  call = clm.CausalLM.__call__
+
+  def divided(self, batch, train):
+    terms, metrics = call(self, batch, train)
+    return {key: Mean(term.total / term.weight, 1.0) for key, term in terms.items()}, metrics
+
+  patch.setattr(clm.CausalLM, '__call__', divided)
+
+
+def a_sum_of_one_device(patch):
+  on_rows = shards.on_rows
+
+  def first(function, rows, *places):
+    run = on_rows(function, rows, *places)
+    if 'totals' not in function.__qualname__:
+      return run
+    return lambda *args: run(*args)[:1] * 1.0
+
+  patch.setattr(shards, 'on_rows', first)
+
+
+def logits_are_rounded(patch):
+  rounded = lambda y, *_: jnp.round(8 * y) / 8 if y.dtype == jnp.bfloat16 else y
+  patch.setattr(layers.Linear, '_product', wrapped(layers.Linear._product, rounded))
+
+
+ROW = {'objective.separate_documents': True}
+DROPOUT = {'model.dropout': 0.1}
+MISTAKES = {  # oracle -> what it catches, where
+  'function_of_the_step': (a_generator_is_shared, 'mlm', {}),
+  'every_token': (the_letter_a_weighs_nothing, 'clm', {}),
+  'next_token': (targets_are_not_shifted, 'clm', {}),
+  'hidden': (the_mask_is_upside_down, 'mlm', {}),
+  'first_loss': (weights_are_too_large, 'clm', {}),
+  'causality': (the_next_token_is_seen, 'clm', {}),
+  'causality of both ways': (a_bert_looks_back_only, 'mlm', {}),
+  'order': (positions_are_forgotten, 'mlm', {}),
+  'rows': (rows_are_mixed, 'clm', {}),
+  'documents': (segments_are_forgotten, 'clm', ROW),
+  'packing': (positions_do_not_begin_anew, 'clm', ROW),
+  'padding': (segments_are_forgotten, 'mlm', {}),
+  'targets': (the_target_is_seen, 'clm', {}),
+  'determinism': (dropout_in_evaluation, 'clm', DROPOUT),
+  'gradients': (a_part_gets_no_gradient, 'clm', {}),
+  'slope': (a_gradient_of_its_own_is_wrong, 'clm', {}),
+  'by_heart': (inputs_are_lost, 'clm', {'model.positions': 'none'}),
+  'optimizer': (the_step_goes_uphill, 'clm', {}),
+  'decay': (norms_decay, 'clm', {'optimizer.weight_decay': 0.1}),
+  'noise': (noise_is_stale, 'clm', DROPOUT),
+  'micro_batches': (a_mean_of_means, 'clm', {}),
+  'sharded': (a_sum_of_one_device, 'clm', {}),
+  'bfloat16': (logits_are_rounded, 'clm', {}),
+}
+
+
+def test_every_oracle_has_a_mistake_that_it_catches():
+  assert {name.split(' ')[0] for name in MISTAKES} == check.ORACLES.keys()
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_an_oracle_sees_the_mistake(tiny, monkeypatch, name):
+  mistake, objective, own = MISTAKES[name]
+  oracle = check.ORACLES[name.split(' ')[0]]
+  with monkeypatch.context() as patch:
+    mistake(patch)
+    found = oracle(twin.of(tiny(objective, **own)))
+  assert found.holds is False, found
+  assert found.meaning
+  assert oracle(twin.of(tiny(objective, **own))).holds, 'it fails without the mistake, too'
+
+
 @pytest.fixture
-def runs(monkeypatch):
-  """runs(**harm) -> whether the check holds where runs are made up: harm[name](step) is a loss."""
-
-  def make(exact=False, **harm):
-    def run(workdir, kill_after=0, delay=0.0, environment=None):
-      workdir.mkdir(exist_ok=True)
-      write = lambda name, text: (workdir / name).write_text(text)
-      loss = harm.get(workdir.name, lambda step: 5.0 - step)
-      steps = range(1, 5)
-      about = {'machine': {'devices': {'cpu:cpu': 4}}, 'parameters': 1, 'seed': 0}
-      write('config.json', json.dumps({'log': {'every': 1}}))
-      write('record.json', json.dumps(record.describe({}, about)))
-      hash_ = harm.get('hash', {}).get(workdir.name, 'a')
-      write('ledger.jsonl', ''.join(json.dumps({'step': s, 'hash': hash_}) + '\n' for s in steps))
-      rows = (json.dumps({'step': s, 'train/loss': loss(s)}) + '\n' for s in steps)
-      write('metrics.jsonl', ''.join(rows))
-      state = harm.get('state', {}).get(workdir.name, 'f')
-      write('result.json', json.dumps({'state_fingerprint': state}))
-      return kill_after
-
-    monkeypatch.setattr(check, 'run', run)
-    section = {'checkpoint': {}, 'evaluate': {}, 'log': {}, 'optimizer': {'warmup_steps': 9}}
-    return check.resume({**section, 'deterministic_sum': exact}, steps=4, kills=1)
-
-  return make
+def two_oracles(monkeypatch):
+  """So that a start takes a second."""
+  names = ('next_token', 'every_token')
+  monkeypatch.setattr(check, 'ORACLES', {name: check.ORACLES[name] for name in names})
 
 
-@pytest.mark.parametrize(
-  ('harm', 'holds'),
-  [
-    ({}, True),
-    ({'moved': lambda step: 5.000001 - step}, True),
-    ({'state': {'moved': 'e'}}, True),
-    ({'state': {'moved': 'e'}, 'exact': True}, False),
-    ({'broken': lambda step: 5.000001 - step}, False),
-    ({'state': {'broken': 'e'}}, False),
-    ({'hash': {'broken': 'b'}}, False),
-    ({'hash': {'moved': 'b'}}, False),
-    ({'moved': lambda step: 5.001 - step}, False),
-  ],
-)
-def test_what_is_not_as_promised_is_seen(runs, harm, holds, capsys):
-  assert runs(**harm) == holds
-  said = capsys.readouterr().out
-  if not holds and 'broken' in str(harm):
-    assert 'the runs are the same' not in said
-  state = {'exact': 'ANOTHER state', 'state': 'as rounding has it, another state'}
-  if 'moved' in harm.get('state', {}):
-    assert state['exact' if 'exact' in harm else 'state'] in said
+@pytest.mark.usefixtures('two_oracles')
+def test_a_new_run_is_examined_and_one_that_is_taken_up_is_not(tiny, tmp_path, capsys):
+  c = tiny('clm', check=True, steps=3)
+  train.run(c, str(tmp_path))
+  assert '2 oracles hold on a small twin' in capsys.readouterr().out
+  (tmp_path / 'result.json').unlink()
+  train.run(c, str(tmp_path))
+  train.run(tiny('clm', steps=3), str(tmp_path / 'other'))
+  assert 'oracles' not in capsys.readouterr().out
 
 
-def test_an_experiment_is_shortened_where_its_schedule_allows():
-  sections = {'checkpoint': {}, 'evaluate': {}, 'log': {}, 'optimizer': {'warmup_steps': 500}}
-  given = {'steps': 10_000, **sections}
-  c = check.shortened(given, 8)
-  assert (c['steps'], c['optimizer']['warmup_steps'], c['checkpoint']['every']) == (8, 4, 2)
-  assert given['optimizer']['warmup_steps'] == 500
+@pytest.mark.usefixtures('two_oracles')
+def test_a_run_that_is_not_what_it_seems_does_not_begin(tiny, tmp_path, monkeypatch):
+  targets_are_not_shifted(monkeypatch)
+  with pytest.raises(errors.UserError) as raised:
+    train.run(tiny('clm', check=True), str(tmp_path))
+  said = str(raised.value)
+  assert re.search(r'FAILS  next_token: \d+\.\d% of the targets are the tokens that follow', said)
+  assert 'check=False trains all the same' in said
+  assert 'every_token' not in said
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_the_command(tiny, tmp_path):
+  """On four devices, whatever machine it is on."""
+  experiment = as_file(tiny('clm', **{'sharding.strategy': 'fsdp'}), tmp_path)
+  here = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+  command = [sys.executable, '-W', 'ignore', '-m', 'lmjax.check', experiment]
+  got = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300)
+  assert got.returncode == 0, got.stdout + got.stderr
+  found = re.findall(r'^(?:holds|    -)  (\w+): ', got.stdout, re.M)
+  assert found == list(check.ORACLES)
+  assert 'sharded: under "fsdp" on data 2 x model 2 ' in got.stdout
+  assert got.stdout.endswith('\nall holds that should\n')

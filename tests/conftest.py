@@ -66,7 +66,7 @@ def tiny(corpus):
 
   def make(objective: str = 'clm', **overrides) -> dict:
     c = config.base(objective=objective, tokenizer='bytes')
-    c.steps, c.batch, c.length = 6, 8, 48
+    c.steps, c.batch, c.length, c.check = 6, 8, 48, False
     c.cache = str(corpus / 'cache')
     c.data.update(train=str(corpus / 'train.txt'), document='line')
     c.data.eval = {'valid': str(corpus / 'valid.txt')}

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from lmjax import config, hardware, plan, sharding, train
+from lmjax import check, config, hardware, plan, sharding, train
 
 FILES = sorted(pathlib.Path('experiments').rglob('*.py'))
 
@@ -91,3 +91,11 @@ def test_every_swept_key_exists_and_every_arm_lowers(path):
   topology = next(iter(MODULES[path].TOPOLOGIES))
   for arm in arms:
     lowered(str(path), topology, **arm)
+
+
+@pytest.mark.parametrize('spec', [*dict(MEANT), 'experiments/quickstart.py:bert'])
+def test_the_oracles_hold(spec):
+  """Of a small twin; variants of a file differ in their sizes, which twins have not."""
+  findings = check.examine(config.resolve(config.load(spec)))
+  failures = [check.line(*pair) for pair in findings if pair[1].holds is False]
+  assert not failures, '\n'.join(failures)

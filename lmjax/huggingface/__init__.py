@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from lmjax import config as config_lib
 from lmjax import experiment, jsonio, sharding
-from lmjax.check import EXPERIMENT
+from lmjax.check.resume import EXPERIMENT
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import did_you_mean
 from lmjax.data.pieces import Tokenizer

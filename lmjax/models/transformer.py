@@ -3,6 +3,8 @@
 B batch, L length, D model, N heads.  Vaswani et al., 2017.
 """
 
+from typing import Any
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -162,6 +164,26 @@ class Transformer(nn.Module):
       if why := flash.lacks(self.attention, head_dim=self.dim // self.heads, **asked):
         raise UserError(f'model.attention = "{self.attention}" cannot be: {why}')
     super().__post_init__()
+
+  def small(self) -> dict[str, Any]:
+    """Knobs of a core of the same parts that a CPU trains in no time."""
+    heads = next(n for n in (4, 2, 1) if n <= self.heads)
+    grouped = heads if self.kv_heads == self.heads else min(self.kv_heads or heads, heads // 2 or 1)
+    return {
+      'size': '',
+      'depth': min(self.depth, 2),
+      'dim': 32,
+      'heads': heads,
+      'kv_heads': self.kv_heads and grouped,
+      'ffn_dim': self.ffn_dim and 64,
+      'max_length': None,
+      'window': min(self.window, 16),
+      'vocab_multiple': 8,
+      'attention': 'auto',
+      'dtype': 'float32',
+      'scan': True,
+      'remat': 'none',
+    }
 
   def attention_flops(self, rows: int, length: int, causal: bool) -> tuple[int, int]:
     """Of both products, forward: (of all pairs of places, of those that the mask lets see).

@@ -13,11 +13,17 @@ section `objective`.  It has
       predicted tokens, gives perplexity, and bits per byte where every token is scored.
   check(tokenizer, length, core)
       raises a UserError where the parts do not fit, before any work is done.
+  ignorant(vocab_size) -> dict[str, float]
+      what each term is for a model that knows nothing, which one that begins should be near.
   causal: whether the model continues texts; then it has a method `logits` (see clm.py).
   scores_every_token: whether `xent` is of all tokens of a text, so that it has bits per byte.
+  visible: the share of targets that stand where they are to be predicted, where it has `places`.
+  counts_tokens: the fields that are numbers of tokens, which shrink with the rows.
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0
-marks what is not there.  `segments`, where there are any, are 0 at padding.  Losses are in nats.
+marks what is not there.  `segments`, where there are any, are 0 at padding.  Keys that end in
+`places` say where in its row stands what the `targets` and `weights` of the same beginning are of;
+without them these are of all places.  Losses are in nats.
 """
 
 import importlib

@@ -5,6 +5,7 @@ B batch, L length, D model, V vocabulary.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -30,6 +31,7 @@ class Objective:
 
   causal: ClassVar[bool] = True
   scores_every_token: ClassVar[bool] = True
+  counts_tokens: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self):
     if self.z_loss < 0:
@@ -47,6 +49,10 @@ class Objective:
     self, store: Store, tokenizer: Tokenizer, length: int, seed: int, train: bool = True
   ) -> 'Windows':
     return Windows(store, tokenizer, length, seed, train, self.separate_documents)
+
+  def ignorant(self, vocab_size: int) -> dict[str, float]:
+    nats = math.log(vocab_size)
+    return {'clm': nats + self.z_loss * nats**2}
 
   def model(self, core: nn.Module, vocab_size: int) -> nn.Module:
     return CausalLM(core, vocab_size, self)

@@ -49,10 +49,16 @@ class Objective:
 
   causal: ClassVar[bool] = False
   scores_every_token: ClassVar[bool] = False
+  counts_tokens: ClassVar[tuple[str, ...]] = ('predictions', 'pair_length')
 
   @property
   def pairs(self) -> bool:
     return self.next_sentence or self.sentence_order
+
+  @property
+  def visible(self) -> float:
+    """The share of targets that the model is shown where it is to predict them."""
+    return 1 - self.mask_share - self.random_share
 
   def __post_init__(self):
     if self.masking not in MASKING:
@@ -103,6 +109,11 @@ class Objective:
       fixed |= dict(mask_share=0.8, random_share=0.1, short_seq_prob=0.1)
       objective, seed = dataclasses.replace(self, **fixed), 0
     return Rows(objective, store, tokenizer, length, seed)
+
+  def ignorant(self, vocab_size: int) -> dict[str, float]:
+    nats = math.log(vocab_size)
+    pairs = {'nsp': math.log(2)} if self.pairs else {}
+    return {'mlm': nats + self.z_loss * nats**2, **pairs}
 
   def model(self, core: nn.Module, vocab_size: int) -> nn.Module:
     return MaskedLM(core, vocab_size, self)

@@ -22,7 +22,7 @@ import time
 import trials
 
 from lmjax import record
-from lmjax.check import EXPERIMENT, logged
+from lmjax.check.resume import EXPERIMENT, logged
 
 
 def free_port() -> int:

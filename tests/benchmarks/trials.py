@@ -34,7 +34,7 @@ def experiment(name: str, root: pathlib.Path, **overrides: Any) -> dict[str, Any
   objective, own = OBJECTIVES[name]
   c = config.base(objective, tokenizer='bytes')
   settings = {
-    **{'steps': 60, 'batch': 8, 'length': 48, 'cache': str(root / 'cache')},
+    **{'check': False, 'steps': 60, 'batch': 8, 'length': 48, 'cache': str(root / 'cache')},
     **{'data.train': str(root / 'train.txt'), 'data.document': 'line'},
     **{'model.depth': 2, 'model.dim': 16, 'model.heads': 2, 'optimizer.ema': 0.9},
     **{'checkpoint.every': 5, 'evaluate.every': 20, 'log.every': 1, 'log.tensorboard': False},

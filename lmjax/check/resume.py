@@ -1,8 +1,8 @@
-"""Proves of one experiment what lmjax promises of all:  python -m lmjax.check resume --config FILE
+"""Proves of one experiment what lmjax promises of all runs that are taken up.
 
-resume: a run that is killed with SIGKILL, again and again, and taken up each time ends with the
-bits of one that is not; taken up on another number of devices it sees the same batches, and its
-losses differ by rounding only.
+One that is killed with SIGKILL, again and again, and taken up each time ends with the bits of one
+that is not; taken up on another number of devices it sees the same batches, and its losses differ
+by rounding only.
 """
 
 import json
@@ -17,12 +17,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-from lmjax import command, config, record
+from lmjax import command, record
 from lmjax.errors import UserError
-from lmjax.terminal import say
 
 LIMIT = 1e-5  # relative, of the losses on other devices
 _UNKILLED = 'the run ended before it could be killed: give it more --steps'
@@ -33,7 +29,7 @@ def get_config():
 """
 
 
-def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
+def prove(given: Mapping[str, Any], steps: int, kills: int) -> bool:
   """Whether it holds for the experiment of a resolved config; says what it sees.
 
   Raises:
@@ -63,7 +59,7 @@ def resume(given: Mapping[str, Any], steps: int, kills: int) -> bool:
 def shortened(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
   """The experiment, in no more than so many steps, and with checkpoints between."""
   c = {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
-  c['steps'] = steps
+  c['steps'], c['check'] = steps, False
   c['checkpoint'] |= {'every': max(1, steps // 4), 'minutes': 0.0, 'keep_best': ''}
   c['evaluate'] |= {'every': steps, 'batches': 1}
   c['log'] |= {'every': 1, 'tensorboard': False, 'sample': ''}
@@ -142,29 +138,3 @@ def logged(workdir: pathlib.Path) -> int:
   """The last step of the metrics, which may be being written."""
   path = workdir / 'metrics.jsonl'
   return path.read_bytes().count(b'"train/loss"') if path.exists() else 0
-
-
-def main() -> None:
-  f = flags.FLAGS
-  if f.config is None:
-    raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
-  if f.kills < 1:
-    raise UserError(f'--kills={f.kills} must be at least 1')
-  if f.steps < 4:
-    raise UserError(f'--steps={f.steps} must be at least 4')
-  if not resume(config.resolve(f.config), f.steps, f.kills):
-    sys.exit('lmjax: a run that is taken up is not the one that was never stopped: see above')
-  print('a run that is taken up is the one that was never stopped')
-
-
-if __name__ == '__main__':
-  if '--help' in sys.argv:
-    print(__doc__)
-    sys.exit()
-  if sys.argv[1:2] != ['resume']:
-    say('say what to check: resume')
-    sys.exit(2)
-  config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
-  flags.DEFINE_integer('steps', 12, 'How long the runs are.')
-  flags.DEFINE_integer('kills', 3, 'How often one is killed.')
-  command.run(main, sys.argv[:1] + sys.argv[2:])

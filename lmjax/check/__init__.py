@@ -1,0 +1,92 @@
+"""Oracles: what must hold of any experiment, tried on a small twin before it costs anything.
+
+An oracle is a function of the twin whose docstring says what must hold, and which says what it saw.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from lmjax.check import examples, learning, seeing, twin
+from lmjax.check.twin import Finding, Twin
+from lmjax.errors import UserError
+
+ORACLES: dict[str, Callable[[Twin], Finding]] = {
+  oracle.__name__: oracle
+  for oracle in (
+    examples.function_of_the_step,
+    examples.every_token,
+    examples.next_token,
+    examples.hidden,
+    learning.first_loss,
+    seeing.causality,
+    seeing.order,
+    seeing.rows,
+    seeing.documents,
+    seeing.packing,
+    seeing.padding,
+    seeing.targets,
+    seeing.determinism,
+    learning.gradients,
+    learning.slope,
+    learning.by_heart,
+    learning.optimizer,
+    learning.decay,
+    learning.noise,
+    learning.micro_batches,
+    learning.sharded,
+    learning.bfloat16,
+  )
+}
+_WORDS = {True: 'holds', False: 'FAILS', None: '-'}
+
+
+def examine(config: Mapping[str, Any]) -> Iterator[tuple[str, Finding]]:
+  """(name, finding) of each oracle, as it is found, of a resolved config.
+
+  Raises:
+    UserError: the parts of the experiment do not fit together.
+  """
+  with _compiled_quickly():
+    made = twin.of(config)
+    for name, oracle in ORACLES.items():
+      yield name, oracle(made)
+
+
+def line(name: str, finding: Finding) -> str:
+  """For people; of a failure also what should hold, and what it means."""
+  said = f'{_WORDS[finding.holds]:>5}  {name}: {finding.saw}'
+  if finding.holds is False:
+    said += f'\n       It should be so: {ORACLES[name].__doc__}\n       {finding.meaning}'
+  return said
+
+
+def require(config: Mapping[str, Any]) -> None:
+  """Examines an experiment that is about to begin.
+
+  Raises:
+    UserError: what does not hold.
+  """
+  began, findings = time.monotonic(), list(examine(config))
+  failures = [line(name, finding) for name, finding in findings if finding.holds is False]
+  if failures:
+    raise UserError(
+      'on a small twin of this experiment not all holds that should (python -m lmjax.check tries '
+      'it again; check=False trains all the same)\n' + '\n'.join(failures)
+    )
+  count = sum(finding.holds is not None for _, finding in findings)
+  print(f'{count} oracles hold on a small twin ({time.monotonic() - began:.0f} s)', flush=True)
+
+
+@contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
+  """Programs that run once are compiled in two thirds of the time when XLA optimises little."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', before)

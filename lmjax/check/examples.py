@@ -1,0 +1,90 @@
+"""Oracles of what is made of text, before any model sees it."""
+
+import numpy as np
+
+from lmjax.check.twin import Finding, Twin
+from lmjax.data import loader
+
+MANY = 64  # rows to look at
+
+
+def function_of_the_step(twin: Twin) -> Finding:
+  """A row depends on its index and epoch alone, and a batch on its step."""
+  examples = twin.examples('train')
+  indices, epochs = np.array([3, 0, 1, 3]) % len(examples), np.array([0, 0, 2, 1])
+  together = examples(indices, epochs)
+  wrong = set()
+  for row in range(len(indices)):
+    alone = examples(indices[row : row + 1], epochs[row : row + 1])
+    wrong |= {key for key, x in alone.items() if not np.array_equal(x[0], together[key][row])}
+  batches = loader.Loader(examples, len(indices), twin.config['seed'])
+  hashes = [loader.fingerprint(batches.batch(step)) for step in (5, 0, 5)]
+  wrong |= {'the batch of step 5, asked for twice'} if hashes[0] != hashes[2] else set()
+  wrong |= {'the batches of steps 0 and 5, which are one'} if hashes[0] == hashes[1] else set()
+  return Finding(
+    not wrong,
+    f'differs with what is asked beside it: {", ".join(sorted(wrong))}' if wrong else 'rows agree',
+    'Examples keep a state or share a random generator: draw from (seed, index, epoch) alone '
+    '(data/corrupt.py), or no run can be taken up and no two compared.',
+  )
+
+
+def every_token(twin: Twin) -> Finding:
+  """Each token of the text is to be predicted once an epoch, and none twice."""
+  if not twin.objective.scores_every_token:
+    return Finding(None, 'the objective does not predict them all, as asked')
+  text, examples = np.concatenate(twin.stores['train'].shards), twin.examples('train')
+  indices = np.arange(len(examples))
+  made = examples(indices, np.zeros_like(indices))
+  count = lambda ids, weights=None: np.bincount(ids.ravel(), weights, twin.vocab_size)
+  missed = count(text) - count(made['targets'], made['weights'].ravel())
+  saw = f'{int(made["weights"].sum()):,} targets of {len(text):,} tokens'
+  if missed.any():
+    saw += f'; id {np.abs(missed).argmax()} is missing {missed[np.abs(missed).argmax()]:.0f} times'
+  return Finding(
+    bool(not missed.any()),
+    saw,
+    'Windows overlap or leave gaps, a token has no weight, or one has several: look at the '
+    "objective's examples.",
+  )
+
+
+def next_token(twin: Twin) -> Finding:
+  """The target at a place is the token that comes next in the same row."""
+  if not (twin.objective.causal and twin.objective.scores_every_token):
+    return Finding(None, 'the objective does not continue texts')
+  made = _rows(twin)
+  looked = made['weights'][:, :-1] > 0
+  right = made['targets'][:, :-1] == made['tokens'][:, 1:]
+  share = right[looked].mean()
+  return Finding(
+    bool(share == 1),
+    f'{share:.1%} of the targets are the tokens that follow',
+    'Targets are shifted by too much, too little or the wrong way.',
+  )
+
+
+def hidden(twin: Twin) -> Finding:
+  """What is to be predicted is hidden, as often as the objective asks, and nothing else is."""
+  if 'places' not in twin.batch:
+    return Finding(None, 'the objective hides no tokens')
+  made = _rows(twin)
+  real = made['weights'] > 0
+  there = np.take_along_axis(made['tokens'], made['places'], axis=1)
+  seen, asked, count = (there == made['targets'])[real].mean(), twin.objective.visible, real.sum()
+  chance = 1 / max(1, (~twin.tokenizer.special).sum())
+  limit = asked + chance + 4 * np.sqrt(max(asked * (1 - asked), chance) / count)
+  masks = (made['tokens'] == twin.tokenizer.mask).sum()
+  return Finding(
+    bool(seen <= limit and masks <= count),
+    f'{seen:.1%} of {count} targets stand where they are to be predicted, {asked:.1%} asked for; '
+    f'{masks} tokens are masked',
+    'The mask is put where nothing is predicted, or what is predicted is taken from a text that is '
+    'corrupted already.',
+  )
+
+
+def _rows(twin: Twin) -> dict[str, np.ndarray]:
+  examples = twin.examples('train')
+  indices = np.arange(min(MANY, len(examples)))
+  return examples(indices, np.zeros_like(indices))

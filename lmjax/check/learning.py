@@ -1,0 +1,254 @@
+"""Oracles of what is learned: first losses, gradients, and that the step is what it should be."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmjax import guard, sharding
+from lmjax.check.seeing import change, kept
+from lmjax.check.twin import Batch, Finding, Twin, devices, there
+from lmjax.errors import UserError
+from lmjax.state import TrainState, init_state
+from lmjax.step import lower
+
+UNSEEN = 'key.bias'  # shifts all logits of a query alike, which a softmax does not see
+STEP = 0.003  # along a gradient: curvature adds 0.2 % to the slope, rounding less
+STEPS, FEW = 150, 3  # in which so many rows are to be learned by heart
+Stepped = tuple[Any, list[float]]  # parameters, and the loss of each step
+SGD = {'name': 'sgd', 'lr': 0.1, 'schedule': 'constant', 'warmup_steps': 0, 'final_lr': 0.0}
+SGD |= {'weight_decay': 0.0, 'clip': 0.0, 'ema': 0.0, 'args': {}}
+SGD |= {'b1': None, 'b2': None, 'eps': None, 'momentum': None, 'decay_fraction': 0.2}
+
+
+def first_loss(twin: Twin) -> Finding:
+  """A model that has seen nothing is as good as one that knows nothing."""
+  terms, _ = twin.totals(twin.params, twin.batch)
+  expected = twin.objective.ignorant(twin.vocab_size)
+  assert terms.keys() == expected.keys()
+  found = {key: mean.compute() for key, mean in terms.items()}
+  near = all(abs(found[key] - x) <= 0.05 * x for key, x in expected.items())
+  saw = (f'{key} {found[key]:.3f} of {x:.3f} nats' for key, x in expected.items())
+  return Finding(
+    near,
+    ', '.join(saw),
+    'More: the model begins with opinions: weights are too large (model.initializer).  Less: it '
+    'sees what it is to predict, or terms are divided by too much.',
+  )
+
+
+def gradients(twin: Twin) -> Finding:
+  """Every parameter, in every layer, gets a gradient, and a finite one."""
+  _, grads = twin.slope(twin.wide, twin.batch)
+  names = sharding.axis_names(twin.boxed_shapes())
+  axes = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple))
+  bad = []
+  for (name, grad), of in zip(_named(grads).items(), axes, strict=True):
+    layers = np.reshape(grad, (len(grad) if 'layers' in of else 1, -1))
+    sizes = np.abs(layers).max(axis=1)
+    for n in np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0))):
+      if not name.endswith(UNSEEN):
+        bad.append(f'{name} of layer {n}' if 'layers' in of else name)
+  return Finding(
+    not bad,
+    f'none, or no finite one: {", ".join(bad)}' if bad else f'{len(axes)} arrays, layer by layer',
+    'These would never be trained: they are not used, or what uses them is cut off (stop_gradient, '
+    'an integer, a module that is called but whose result is dropped).',
+  )
+
+
+def slope(twin: Twin) -> Finding:
+  """The gradient is the slope of the loss, by which it falls when parameters go along it."""
+  _, grads = twin.slope(twin.wide, twin.batch)
+  norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in jax.tree.leaves(grads)))
+  ends = []
+  for side in (1, -1):
+    far = jax.tree.map(
+      lambda x, g, side=side: x + side * np.float32(STEP / norm) * g, twin.wide, grads
+    )
+    ends.append(sum(term.compute() for term in twin.totals(far, twin.batch)[0].values()))
+  found = (ends[0] - ends[1]) / (2 * STEP)
+  return Finding(
+    change(found, norm) < 0.02,
+    f'along the gradient, of norm {norm:.4g}, the loss rises by {found:.4g} a unit',
+    'The gradient is that of something else: look at custom derivatives (custom_vjp, linear_call) '
+    'and stop_gradient in what the model is made of.',
+  )
+
+
+def by_heart(twin: Twin) -> Finding:
+  """Some rows can be learned by heart."""
+  floors = {key: 0.0 for key in ('label_smoothing', 'z_loss') if twin.config['objective'].get(key)}
+  twin, transform = twin.but(objective=floors) if floors else twin, optax.adam(1e-2)
+  few = kept(twin.batch, np.arange(len(twin.batch['tokens']))[:, None] < FEW)
+
+  @jax.jit
+  def update(params, grads, state):
+    updates, state = transform.update(grads, state)
+    return optax.apply_updates(params, updates), state
+
+  with there(twin.mesh, twin.config['sharding']['strategy']):
+    params, state, losses = twin.params, transform.init(twin.params), []
+    for _ in range(STEPS):
+      loss, grads = twin.slope(params, few)
+      losses.append(float(loss))
+      params, state = update(params, grads, state)
+  return Finding(
+    losses[-1] < 0.4 * losses[0],
+    f'in {STEPS} steps on {FEW} rows the loss goes from {losses[0]:.3f} to {losses[-1]:.3f}',
+    'It does not learn what it is shown again and again: the targets are not of these tokens, '
+    'differ for equal inputs, or parts of the model do not work.',
+  )
+
+
+def micro_batches(twin: Twin) -> Finding:
+  """The step of a batch in parts, whose weights differ, goes along the gradient of the whole."""
+  apart = _apart(twin, _stepped(_plain(twin, micro_batches=4)))
+  return Finding(
+    apart <= 1e-4,
+    f'a step in 4 micro-batches differs from the gradient by {apart:.1e} of its largest number',
+    'Means of parts are averaged, or parts are weighted by their own weights: in the model a term '
+    'is a Mean of sums over the batch that it is given, and nothing is divided.',
+  )
+
+
+def sharded(twin: Twin) -> Finding:
+  """So does the step of several devices under the strategy."""
+  strategy, there_are = twin.config['sharding']['strategy'], devices()
+  used = {axis for _, axes in sharding.rules(strategy) for axis in axes} - {'replica'}
+  sizes = dict.fromkeys(sharding.MESH_AXES, 1)
+  for axis in sorted(used, key=('model', 'sequence', 'data').index):
+    sizes[axis] = 2 if math.prod(sizes.values()) * 2 <= min(len(there_are), 4) else 1
+  count = math.prod(sizes.values())
+  if count == 1:
+    return Finding(None, 'there is one device')
+  mesh, plain = sharding.make_mesh(sizes, there_are[:count]), _plain(twin)
+  try:
+    sharding.param_shardings(plain.boxed_shapes(), mesh, strategy)
+  except UserError as e:
+    return Finding(None, str(e))
+  apart = _apart(twin, _stepped(plain, mesh))
+  shape = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size > 1)
+  return Finding(
+    apart <= 1e-4,
+    f'under "{strategy}" on {shape} a step differs from the gradient by {apart:.1e} of its largest',
+    'The model computes something on a shard as if it were all there is: look at shard_map and at '
+    'constraints in what it is made of (models/shards.py).',
+  )
+
+
+def optimizer(twin: Twin) -> Finding:
+  """In some steps of the experiment's own optimizer the loss falls and every parameter moves."""
+  quiet = dict.fromkeys(_noises(twin), 0.0)
+  steady = {'schedule': 'constant', 'warmup_steps': 0, 'final_lr': 0.0, 'decay_fraction': 0.2}
+  parts = twin.but(model=quiet, optimizer=steady)
+  before, (after, losses) = twin.params, _stepped(parts, params=twin.params, count=20)
+  same = _named(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+  still = [name for name, is_same in same.items() if is_same and not name.endswith(UNSEEN)]
+  saw = f'in 20 steps on one batch the loss goes from {losses[0]:.4f} to {losses[-1]:.4f}'
+  return Finding(
+    losses[-1] < losses[0] and not still,
+    saw + (f'; never moved: {", ".join(still)}' if still else ''),
+    'optimizer.lr is too large or too small, or the optimizer (lmjax/optimizer.py) '
+    'leaves parameters out, or goes the wrong way.',
+  )
+
+
+def decay(twin: Twin) -> Finding:
+  """Weight decay shrinks matrices, and neither biases nor the scales of norms."""
+  if not twin.config['optimizer']['weight_decay']:
+    return Finding(None, 'there is none, as asked')
+  with there(twin.mesh, twin.config['sharding']['strategy']):
+    transform = init_state(twin, twin.mesh)[1]
+    nothing = jax.tree.map(jnp.zeros_like, twin.wide)
+    update = jax.jit(lambda p: transform.update(nothing, transform.init(p), p)[0])(twin.wide)
+  decayed = [name for name, x in _named(jax.device_get(update)).items() if x.any()]
+  wrong = sorted(name for name in decayed if name.endswith(('bias', 'scale')))
+  return Finding(
+    bool(decayed) and not wrong,
+    f'{len(decayed)} arrays decay' + (f', among them {", ".join(wrong)}' if wrong else ''),
+    'What decays is decided by the axis names that parameters are made with (lmjax/optimizer.py).',
+  )
+
+
+def noise(twin: Twin) -> Finding:
+  """Dropout is drawn anew in every step."""
+  rates = {key: twin.config['model'][key] for key in _noises(twin)}
+  if not any(rates.values()):
+    return Finding(None, 'there is no dropout, as asked')
+  _, losses = _stepped(twin.but(optimizer=SGD | {'lr': 0.0}), count=3)
+  return Finding(
+    len(set(losses)) == 3,
+    'in three steps on one batch with a learning rate of 0 the loss is '
+    + ', '.join(f'{x:.4f}' for x in losses),
+    'The key of the noise does not change with the step, or `train` does not reach the dropout.',
+  )
+
+
+def bfloat16(twin: Twin) -> Finding:
+  """In bfloat16 loss and gradient are nearly those of float32."""
+  loss, grads = twin.slope(twin.params, twin.batch)
+  low_loss, low_grads = twin.but(model={'dtype': 'bfloat16'}).slope(twin.params, twin.batch)
+  a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (grads, low_grads))
+  apart = float(np.linalg.norm(a - b) / np.linalg.norm(a))
+  return Finding(
+    change(float(low_loss), float(loss)) < 0.01 and apart < 0.1,
+    f'loss differs by {change(float(low_loss), float(loss)):.1e}, gradient by {apart:.1e}',
+    'Something that needs float32 is computed in bfloat16: logits, softmax, norms, or long sums.',
+  )
+
+
+# ----------------------------------------------------------------------------------------- steps
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='.')
+  return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _noises(twin: Twin) -> list[str]:
+  return [key for key in twin.config['model'] if key.endswith('dropout')]
+
+
+def _plain(twin: Twin, **more: int) -> Twin:
+  """Without noise, and with updates that are gradients."""
+  return twin.but(model=dict.fromkeys(_noises(twin), 0.0), optimizer=SGD, **more)
+
+
+def _stepped(
+  parts: Twin, mesh: jax.sharding.Mesh | None = None, params: Any = None, count: int = 1
+) -> Stepped:
+  """After some steps of training on the batch, whose rows differ in weight."""
+  mesh, params = mesh or parts.mesh, parts.wide if params is None else params
+  strategy = parts.config['sharding']['strategy']
+  with there(mesh, strategy):
+    like, transform, _ = init_state(parts, mesh)
+    step = lower(parts, mesh, like, transform).compile()
+    key = jax.random.key(parts.config['seed'])
+    zeros = jnp.zeros(guard.WINDOW)
+    state = TrainState(jnp.int32(0), params, transform.init(params), key, zeros)
+    state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
+    batch, losses = parts.place(_uneven(parts.batch), mesh), []
+    for _ in range(count):
+      state, numbers = step(state, batch)
+      losses.append(float(numbers['guard']['loss']))
+    return jax.device_get(state.params), losses
+
+
+def _uneven(batch: Batch) -> Batch:
+  """Row n keeps the weights of the first n + 1 parts of it."""
+  rows, length = batch['tokens'].shape
+  return kept(batch, np.arange(length)[None] * rows < length * np.arange(1, rows + 1)[:, None])
+
+
+def _apart(twin: Twin, stepped: Stepped) -> float:
+  """How far a step of SGD is from the gradient, of its largest number; or the loss, if further."""
+  params, losses = stepped
+  loss, grads = twin.slope(twin.wide, _uneven(twin.batch))
+  apart = lambda x, y, grad: float(np.abs((y - x) / SGD['lr'] - grad).max())
+  worst = max(jax.tree.leaves(jax.tree.map(apart, params, twin.wide, grads)))
+  largest = max(float(np.abs(grad).max()) for grad in jax.tree.leaves(grads))
+  return max(worst / largest, change(losses[0], float(loss)))

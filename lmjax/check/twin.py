@@ -1,0 +1,175 @@
+"""The small twin of an experiment: narrow, shallow, on little text, and else the same."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from lmjax import config as config_lib
+from lmjax import experiment, sharding
+from lmjax.data import loader, tokenizer
+from lmjax.data.pieces import Tokenizer
+from lmjax.data.store import Store
+
+Batch = dict[str, np.ndarray]
+ROWS, LENGTH = 8, 64
+# Of ids, where a kind is trained: its alphabet and some words.
+VOCABULARY = {'sentencepiece': 320, 'wordpiece': 128}
+SPREAD = 0.3  # above 1 / sqrt(fan-in): with the usual 0.02 a wrong part hardly moves a loss
+
+
+class Finding(NamedTuple):
+  """What an oracle saw; `holds` is None where the experiment asks for nothing of the kind."""
+
+  holds: bool | None
+  saw: str
+  meaning: str = ''  # of a failure: what it means, and where to look
+
+
+class Twin(experiment.Sketch):
+  """An experiment on one device, in float32, with parameters and a batch to try things on."""
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    options = dict(self.config['tokenizer'])
+    return tokenizer.get(options.pop('name'), [' '.join(part) for part in _documents()], **options)
+
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  @functools.cached_property
+  def stores(self) -> dict[str, Store]:
+    t, tokens, documents, sentences = self.tokenizer, [], [0], []
+    for document in _documents():
+      for sentence in document:
+        sentences.append(len(tokens))
+        tokens += t.encode(sentence + ' ')
+      # A tokenizer of others may have none; who needs it says so.
+      tokens.append(t.pad or 0 if t.eos is None else t.eos)
+      documents.append(len(tokens))
+    text = '\n'.join(itertools.chain.from_iterable(_documents()))
+    arrays = np.array(tokens, np.int32), np.array(documents), np.array(sentences)
+    return dict.fromkeys(('train', 'twin'), Store([arrays[0]], *arrays[1:], len(text), 'twin'))
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    return sharding.make_mesh(None, devices()[:1])
+
+  @functools.cached_property
+  def batch(self) -> Batch:
+    return loader.Loader(self.examples('train'), ROWS, self.config['seed']).batch(0)
+
+  @functools.cached_property
+  def params(self) -> Any:
+    """Those that a run would begin with, on the host."""
+    init = jax.jit(lambda key: nn.unbox(self.init_params(key, self.batch)))
+    with there(self.mesh, self.config['sharding']['strategy']):
+      return jax.device_get(init(jax.random.key(self.config['seed'])))
+
+  @functools.cached_property
+  def wide(self) -> Any:
+    """Those and more noise, so that everything moves the loss, also what begins with zeros."""
+    noise = np.random.default_rng(0)
+    more = lambda x: (x + SPREAD * noise.standard_normal(x.shape)).astype(x.dtype)
+    return jax.tree.map(more, self.params)
+
+  @functools.cached_property
+  def _totals(self) -> Any:
+    apply = lambda params, batch, key: self.model.apply(
+      {'params': params}, batch, train=False, rngs={'dropout': key}
+    )
+    return jax.jit(apply)
+
+  def totals(self, params: Any, batch: Batch, key: int = 0) -> tuple[dict[str, Any], ...]:
+    """(loss terms, metrics) of an evaluation; the key is for noise that there should not be."""
+    with there(self.mesh, self.config['sharding']['strategy']):
+      return jax.device_get(self._totals(params, batch, jax.random.key(key)))
+
+  def loss(self, batch: Batch) -> float:
+    """The sum over all places that weigh something, with the wide parameters."""
+    return float(sum(float(term.total) for term in self.totals(self.wide, batch)[0].values()))
+
+  @functools.cached_property
+  def slope(self) -> Any:
+    """(parameters, batch) -> (loss, gradients): of the sum of the terms' means, in evaluation."""
+
+    def loss(params, batch):
+      terms, _ = self.model.apply({'params': params}, batch, train=False)
+      return sum(term.total / term.weight for term in terms.values())
+
+    compiled = jax.jit(jax.value_and_grad(loss))
+
+    def call(params, batch):
+      with there(self.mesh, self.config['sharding']['strategy']):
+        return jax.device_get(compiled(params, batch))
+
+    return call
+
+  def but(self, **sections: Any) -> 'Twin':
+    """This twin with other values in its config: but(steps=3, model={'dtype': 'bfloat16'})."""
+    changed = copy.deepcopy(dict(self.config))
+    for key, value in sections.items():
+      changed[key] = {**changed[key], **value} if isinstance(value, Mapping) else value
+    other = experiment.sketch(changed, Twin)
+    shared = ('tokenizer', 'stores', 'batch', 'params', 'wide')
+    vars(other).update({key: getattr(self, key) for key in shared})
+    return other
+
+
+def of(config: Mapping[str, Any]) -> Twin:
+  """The twin of a resolved config; UserError where its parts do not fit together."""
+  parts, c = experiment.sketch(config), copy.deepcopy(dict(config))
+  length = min(LENGTH, config['length'])
+  c |= dict(batch=ROWS, length=length, micro_batches=1, deterministic_sum=False)
+  c['model'] |= parts.core.small()
+  for key in parts.objective.counts_tokens:
+    if c['objective'][key]:
+      c['objective'][key] = math.ceil(c['objective'][key] * length / config['length'])
+  c['sharding'] |= dict(replica=1, data=1, sequence=1, model=1)
+  kind = c['tokenizer']['name']
+  kind = 'sentencepiece' if kind == 'published' else kind
+  known = config_lib.base(tokenizer=kind).tokenizer.to_dict()
+  asked = {key: value for key, value in c['tokenizer'].items() if key in known}
+  asked |= {'name': kind} | ({'path': ''} if 'path' in known else {})
+  c['tokenizer'] = known | asked
+  if kind in VOCABULARY:
+    c['tokenizer']['vocab_size'] = VOCABULARY[kind]
+  made = experiment.sketch(c, Twin)
+  made.objective.check(made.tokenizer, length, made.core)
+  return made
+
+
+def devices() -> list[jax.Device]:
+  """CPUs of this process, where JAX was told to use any."""
+  try:
+    return jax.local_devices(backend='cpu')
+  except RuntimeError:  # JAX_PLATFORMS names accelerators only
+    return jax.local_devices()
+
+
+@contextlib.contextmanager
+def there(mesh: jax.sharding.Mesh, strategy: str) -> Iterator[None]:
+  """In it, programs are for the devices of a mesh, whatever else JAX would take."""
+  here = jax.default_device(mesh.devices.flat[0])
+  with here, jax.set_mesh(mesh), sharding.logical_axes(strategy):
+    yield
+
+
+@functools.cache
+def _documents() -> list[list[str]]:
+  """48 documents of sentences of made-up words, the first of which are the most frequent."""
+  chance = random.Random(0)
+  syllable = lambda: chance.choice('bdfgklmnprst') + chance.choice('aeiou')
+  words = [''.join(syllable() for _ in range(chance.randint(1, 3))) for _ in range(150)]
+  uses = [1 / (1 + rank) for rank in range(len(words))]
+  sentence = lambda: ' '.join(chance.choices(words, uses, k=chance.randint(3, 9))).capitalize()
+  return [[sentence() + '.' for _ in range(chance.randint(3, 8))] for _ in range(48)]
