@@ -6,6 +6,7 @@ section `objective`.  It has
   examples(store, tokenizer, length, seed, train=True) -> Examples
       on the host, NumPy: `len(examples)` rows an epoch, and `examples(indices, epochs)` makes any
       of them.  They depend on nothing else, so that a batch is a function of the step.
+      `examples.spans`, int64[n, 2], are the stretches of the store that its rows are made of.
       train=False gives the fixed examples on which runs are compared.
   model(core, vocab_size) -> linen Module
       called as module(batch, train) -> (terms, metrics), both dict[str, Mean].  The loss is the sum
@@ -18,6 +19,8 @@ section `objective`.  It has
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0
 marks what is not there.  `segments`, where there are any, are 0 at padding.  Losses are in nats.
+`targets` are token ids: of the places of a row one by one, or of those in `places`.  NAME_places,
+NAME_targets and NAME_weights are classes.  So `data show` can show the rows of any objective.
 """
 
 import importlib
