@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 
 
@@ -9,6 +10,12 @@ def say(text: str) -> None:
   """A line of ours on stderr, if that is still there."""
   with contextlib.suppress(OSError, ValueError):
     print(f'lmjax: {text}', file=sys.stderr, flush=True)
+
+
+def has_colours() -> bool:
+  """Whether stdout is a terminal that understands them, and nobody has asked for none."""
+  plain = os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb'
+  return not plain and sys.stdout.isatty()
 
 
 def flush() -> None:

@@ -38,6 +38,7 @@ FLOORS = [
     [
       *('data.streams', 'data.files', 'data.python_corpus', 'data.sources'),
       *('data.pieces', 'data.tokenizer', 'data.cache', 'data.building', 'data.store', 'data.pack'),
+      *('data.overlap', 'data.statistics', 'data.show'),
     ],
     ['data.corrupt', 'data.loader'],
     [

@@ -1,18 +1,24 @@
 """Looks at the data of an experiment:  python -m lmjax.data build|show --config FILE.py
 
 build: makes the tokenizer and the token stores ahead of time, and says what they hold.
-show: prints rows of the training data as the model sees them.
+show: the first rows that training sees, token by token, and numbers about all of the data; with
+--html FILE.html as a page to look at in a browser.
 """
 
+import os
+import pathlib
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lmjax import command, config, experiment
+from lmjax import command, config, experiment, terminal
+from lmjax.data import loader, statistics
+from lmjax.data.show import LEGEND, Row, on_terminal, page, row, table_on_terminal
 from lmjax.errors import UserError
-from lmjax.terminal import say
 
 
 def build(parts: experiment.Experiment) -> None:
@@ -20,54 +26,70 @@ def build(parts: experiment.Experiment) -> None:
   print(f'tokenizer {t.name}: {t.vocab_size:,} ids, fingerprint {t.fingerprint}')
   for name, store in parts.stores.items():
     examples = parts.examples(name)
-    length = parts.config['length']
+    text = statistics.is_text(statistics.sample(examples)).mean()
     tokens, rows = len(store), len(examples)
     print(
       f'{name}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, {tokens:,} tokens '
-      f'({store.num_bytes / tokens:.2f} bytes each), {rows:,} rows of {length}, '
-      f'{_share_of_text(examples):.1%} of them text; digest {store.digest}; {store.path}'
+      f'({store.num_bytes / tokens:.2f} bytes each), {rows:,} rows of {parts.config["length"]}, '
+      f'{text:.1%} of them text; digest {store.digest}; {store.path}'
     )
 
 
-def _share_of_text(examples) -> float:
-  """The share of places that are no padding, in up to 1,000 rows spread over the corpus."""
-  indices = np.unique(np.linspace(0, len(examples) - 1, 1000).astype(np.int64))
-  rows = examples(indices, np.zeros_like(indices))
-  weights = next(value for key, value in rows.items() if key.endswith('weights'))
-  return (rows.get('segments', weights) > 0).mean()
+def rows(parts: experiment.Experiment, count: int) -> Iterator[tuple[str, Row]]:
+  """The first that training sees, with titles."""
+  one_by_one = loader.Loader(parts.examples('train'), 1, parts.config['seed'])
+  for number in range(count):
+    step, place = divmod(number, parts.config['batch'])
+    yield f'Row {place} of step {step}', row(one_by_one.batch(number), 0, parts.tokenizer)
 
 
-def show(parts: experiment.Experiment, count: int) -> None:
-  t, examples = parts.tokenizer, parts.examples('train')
-  indices = np.arange(min(count, len(examples)))
-  rows = examples(indices, np.zeros_like(indices))
-  for index in indices:
-    print(f'--- row {index}')
-    for key, value in rows.items():
-      shown = value[index].tolist()
-      if key in ('tokens', 'targets'):
-        # Ids are shown one by one, since special ones decode to nothing.
-        words = [t.decode([i]) if not t.special[i] else _special(t, i) for i in shown]
-        shown = '|'.join(words).replace('\n', '\\n')
-      print(f'{key}: {shown}')
+def tables(parts: experiment.Experiment) -> list[statistics.Table]:
+  asked = {key: x for key, x in parts.config['objective'].items() if key in statistics.ASKED}
+  examples = parts.examples('train')
+  return statistics.tables(parts.tokenizer, parts.sources, parts.stores, examples, asked)
 
 
-def _special(t, i: int) -> str:
-  names = {getattr(t, name): name.upper() for name in ('pad', 'unk', 'cls', 'sep', 'mask')}
-  return f'[{names.get(i, i)}]'
+def show(parts: experiment.Experiment, count: int, out: str) -> None:
+  made, of = tables(parts), rows(parts, count)
+  if out:
+    with open(out, 'w', encoding='utf-8', errors='backslashreplace') as file:
+      file.writelines(page(f'{parts.sources["train"].spec} as the model sees it', made, of))
+    print(f'{count} rows and the numbers are in {out}')
+    return
+  colour, width = terminal.has_colours(), shutil.get_terminal_size((100, 0)).columns
+  sys.stdout.reconfigure(errors='backslashreplace')  # not every encoding has all characters
+  for table in made:
+    print(*table_on_terminal(table, width, colour), '', sep='\n')
+  print(*textwrap.wrap(LEGEND, width), sep='\n')
+  for title, about in of:
+    print(f'\n{title}', *on_terminal(about, width, colour), sep='\n')
 
 
 def main() -> None:
-  command, f = sys.argv[1], flags.FLAGS
+  doing, f = sys.argv[1], flags.FLAGS
   if f.config is None:
     raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
-  if f.rows < 1:
-    raise UserError(f'--rows={f.rows} must be at least 1')
+  if doing == 'show':
+    _check(f.rows, f.html)
   parts = experiment.prepare(config.resolve(f.config))
-  if command == 'build':
+  if doing == 'build':
     build(parts)
   else:
-    show(parts, f.rows)
+    show(parts, f.rows, f.html)
+
+
+def _check(count: int, out: str) -> None:
+  if count < 1:
+    raise UserError(f'--rows={count} must be at least 1')
+  path = pathlib.Path(out).absolute()
+  if out and path.suffix not in ('.html', '.htm'):
+    raise UserError(f'--html={out} does not end in .html: only such a file is overwritten')
+  if out and not path.parent.is_dir():
+    raise UserError(f'there is no directory {path.parent} for --html')
+  if out and path.is_dir():
+    raise UserError(f'--html={out} is a directory')
+  if out and not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise UserError(f'--html={out} cannot be written: permission denied')
 
 
 if __name__ == '__main__':
@@ -75,8 +97,10 @@ if __name__ == '__main__':
     print(__doc__)
     sys.exit()
   if sys.argv[1:2] not in (['build'], ['show']):
-    say('say what to do: build or show')
+    terminal.say('say what to do: build or show')
     sys.exit(2)
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
-  flags.DEFINE_integer('rows', 3, 'How many rows to show.')
+  if sys.argv[1] == 'show':
+    flags.DEFINE_integer('rows', 3, 'How many rows to show.')
+    flags.DEFINE_string('html', '', 'A file to write them to, as a page for a browser.')
   command.run(main, sys.argv[:1] + sys.argv[2:])

@@ -6,6 +6,7 @@ section `objective`.  It has
   examples(store, tokenizer, length, seed, train=True) -> Examples
       on the host, NumPy: `len(examples)` rows an epoch, and `examples(indices, epochs)` makes any
       of them.  They depend on nothing else, so that a batch is a function of the step.
+      `examples.spans`, int64[n, 2], are the stretches of the store that its rows are made of.
       train=False gives the fixed examples on which runs are compared.
   model(core, vocab_size) -> linen Module
       called as module(batch, train) -> (terms, metrics), both dict[str, Mean].  The loss is the sum
@@ -21,9 +22,10 @@ section `objective`.  It has
   counts_tokens: the fields that are numbers of tokens, which shrink with the rows.
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0
-marks what is not there.  `segments`, where there are any, are 0 at padding.  Keys that end in
-`places` say where in its row stands what the `targets` and `weights` of the same beginning are of;
-without them these are of all places.  Losses are in nats.
+marks what is not there.  `segments`, where there are any, are 0 at padding.  Losses are in nats.
+`targets` are token ids: of the places of a row one by one, or of those in `places`, indices into
+it.  NAME_places, NAME_targets and NAME_weights are classes.  By this the oracles of lmjax.check and
+`data show` know any objective.
 """
 
 import importlib

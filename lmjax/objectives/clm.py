@@ -78,6 +78,10 @@ class Windows:
   def _targets(self) -> int:
     return len(self.store) - (0 if self.train else 1)
 
+  @property
+  def spans(self) -> np.ndarray:
+    return np.array([[0, len(self.store)]])
+
   def __len__(self) -> int:
     return -(-self._targets // self.length)
 

@@ -148,6 +148,10 @@ class Rows:
     lengths = self.pairs[:, 1] - self.pairs[:, 0] + self.pairs[:, 3] - self.pairs[:, 2] + 3
     self.items = pack.pack_rows(lengths, self.length, o.pairs_per_row)
 
+  @property
+  def spans(self) -> np.ndarray:
+    return self.pairs[:, :4].reshape(-1, 2) if self.objective.pairs else self.items
+
   def __len__(self) -> int:
     # The plan of pairs holds the copies already.
     return len(self.items) * (1 if self.objective.pairs else self.objective.dupe_factor)
