@@ -13,11 +13,12 @@ import queue
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lmjax import rollcall
-from lmjax.errors import UserError
+from lmjax.errors import ProcessLost, UserError
 from lmjax.rollcall import ARRIVAL
 from lmjax.terminal import flush, say
 
@@ -68,7 +69,8 @@ def start(
 
 def fail(code: int, error: BaseException) -> NoReturn:
   """Ends all processes, this one at once: Python's way out is JAX's, which waits for the others."""
-  leave(code, str(error) if hasattr(error, 'exit_code') else repr(error))
+  bug = ''.join(traceback.format_exception(error)).strip()
+  leave(code, str(error) if hasattr(error, 'exit_code') else bug)
 
 
 def leave(code: int, why: str) -> NoReturn:
@@ -248,6 +250,8 @@ class _Line:
         self._lost(75, f'{who} has not been heard of for {SILENCE} s')
 
   def _lost(self, code: int, why: str) -> None:
+    # A bug there may be a fault of its machine: who has none may be started again.
+    code = ProcessLost.exit_code if code == 1 else code
     # The main thread may be inside a collective operation, where no exception reaches it.
     if not self.closing and self._leaving.acquire(blocking=False):
       say(why)

@@ -152,6 +152,31 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, strai
   assert restart['changed']['machine.processes'] == [2, 1]
 
 
+CRASHING = """
+import sys, time
+from lmjax import processes
+
+processes.start(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]), {})
+try:
+  if sys.argv[2] == '1':
+    raise RuntimeError('a fault of this machine')
+  time.sleep(100)
+except RuntimeError as e:
+  processes.fail(1, e)
+"""
+
+
+def test_a_process_that_crashes_ends_the_other_with_its_traceback():
+  """The other may be started again: there is no bug in what it did."""
+  port = str(free_port())
+  pair = [spawn(['-c', CRASHING, port, index]) for index in '01']
+  said = [process.communicate(timeout=60)[1] for process in pair]
+  assert [process.returncode for process in pair] == [75, 1], said
+  who = f'lmjax: process 1 ({socket.gethostname()}) stopped: Traceback (most recent call last):'
+  assert who in said[0]
+  assert said[0].endswith('RuntimeError: a fault of this machine\n')
+
+
 def test_what_one_process_lacks_is_said_by_both(tiny, tmp_path, corpus):
   """A relative path, and process 1 in a directory without it."""
   text = (corpus / 'train.txt').read_text()

@@ -128,12 +128,12 @@ class Twin(experiment.Sketch):
 def of(config: Mapping[str, Any]) -> Twin:
   """The twin of a resolved config; UserError where its parts do not fit together."""
   parts, c = experiment.sketch(config), copy.deepcopy(dict(config))
-  length = min(LENGTH, config['length'])
-  c |= dict(batch=ROWS, length=length, micro_batches=1, deterministic_sum=False)
+  c |= dict(batch=ROWS, length=LENGTH, micro_batches=1, deterministic_sum=False)
   c['model'] |= parts.core.small()
   for key in parts.objective.counts_tokens:
     if c['objective'][key]:
-      c['objective'][key] = math.ceil(c['objective'][key] * length / config['length'])
+      share = c['objective'][key] / config['length']
+      c['objective'][key] = max(8, math.ceil(share * LENGTH))
   c['sharding'] |= dict(replica=1, data=1, sequence=1, model=1)
   kind = c['tokenizer']['name']
   kind = 'sentencepiece' if kind == 'published' else kind
@@ -144,7 +144,7 @@ def of(config: Mapping[str, Any]) -> Twin:
   if kind in VOCABULARY:
     c['tokenizer']['vocab_size'] = VOCABULARY[kind]
   made = experiment.sketch(c, Twin)
-  made.objective.check(made.tokenizer, length, made.core)
+  made.objective.check(made.tokenizer, LENGTH, made.core)
   return made
 
 
@@ -158,9 +158,9 @@ def devices() -> list[jax.Device]:
 
 @contextlib.contextmanager
 def there(mesh: jax.sharding.Mesh, strategy: str) -> Iterator[None]:
-  """In it, programs are for the devices of a mesh, whatever else JAX would take."""
-  here = jax.default_device(mesh.devices.flat[0])
-  with here, jax.set_mesh(mesh), sharding.logical_axes(strategy):
+  """In it, programs are for the devices of a mesh, whatever else JAX would take, and are exact."""
+  here, exact = jax.default_device(mesh.devices.flat[0]), jax.default_matmul_precision('highest')
+  with here, exact, jax.set_mesh(mesh), sharding.logical_axes(strategy):
     yield
 
 

@@ -177,7 +177,7 @@ class Transformer(nn.Module):
       'kv_heads': self.kv_heads and grouped,
       'ffn_dim': self.ffn_dim and 64,
       'max_length': None,
-      'window': min(self.window, 16),
+      'window': self.window and min(max(self.window, 2), 16),
       'vocab_multiple': 8,
       'attention': 'auto',
       'dtype': 'float32',
