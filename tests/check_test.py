@@ -129,7 +129,10 @@ def segments_are_forgotten(patch):
 
 
 def positions_do_not_begin_anew(patch):
-  places = lambda made, tokens, *_: (made[0], np.arange(tokens.size).reshape(tokens.shape) % 48)
+  places = lambda made, tokens, *_: (
+    made[0],
+    np.arange(tokens.size).reshape(tokens.shape) % twin.LENGTH,
+  )
   patch.setattr(pack, 'document_segments', wrapped(pack.document_segments, places))
 
 
@@ -137,7 +140,7 @@ def the_target_is_seen(patch):
   call = clm.CausalLM.__call__
 
   def peek(self, batch, train):
-    tokens = jnp.where(jnp.arange(48)[None] % 2, batch['tokens'], batch['targets'])
+    tokens = jnp.where(jnp.arange(twin.LENGTH)[None] % 2, batch['tokens'], batch['targets'])
     return call(self, batch | {'tokens': tokens}, train)
 
   patch.setattr(clm.CausalLM, '__call__', peek)
