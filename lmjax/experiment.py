@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,9 +90,12 @@ class Experiment:
     processes.check_same({f'the digest of {name}': x for name, x in digests.items()})
     return digests
 
-  @functools.cache  # noqa: B019, an experiment lives as long as the run
-  def examples(self, name: str) -> Any:
-    """The objective's rows of the training source ('train') or of an evaluation set."""
+  @functools.cached_property
+  def examples(self) -> Callable[[str], Any]:
+    """The objective's rows, by name, of the training source ('train') or of an evaluation set."""
+    return functools.cache(self._examples)
+
+  def _examples(self, name: str) -> Any:
     c, t, train = self.config, self.tokenizer, name == 'train'
     made = self.objective.examples(self.stores[name], t, c['length'], c['seed'], train)
     if not len(made):

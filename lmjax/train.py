@@ -48,7 +48,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike, profile: str = ''
   Returns what result.json holds: step, parameters, metrics and, where asked for, a sample.
 
   Raises:
-    UserError: a mistake in the config, or a workdir that holds another experiment.
+    UserError: a mistake in the config, a workdir that holds another experiment, or one of which
+      an oracle of lmjax.check does not hold.
     NonFinite: the loss or gradient is no longer finite; the checkpoints before it are kept.
     Restart: the run was asked to stop, by a signal; what it has done is saved.
   """
@@ -91,8 +92,7 @@ def _run(
   if c['log']['sample']:
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
-  if c['check'] and not (path / 'config.json').exists() and not jax.config.jax_disable_jit:
-    check.require(c)
+  check.require(c, path)
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):
     while True:
       try:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
+from lmjax import processes
 from lmjax.check import examples, learning, seeing, twin
 from lmjax.check.twin import Finding, Twin
 from lmjax.errors import UserError
@@ -50,10 +52,11 @@ def examine(config: Mapping[str, Any]) -> Iterator[tuple[str, Finding]]:
   Raises:
     UserError: the parts of the experiment do not fit together.
   """
-  with _compiled_quickly():
-    made = twin.of(config)
-    for name, oracle in ORACLES.items():
-      yield name, oracle(made)
+  made = twin.of(config)
+  for name, oracle in ORACLES.items():
+    with _compiled_quickly():
+      finding = oracle(made)
+    yield name, finding
 
 
 def line(name: str, finding: Finding) -> str:
@@ -64,21 +67,30 @@ def line(name: str, finding: Finding) -> str:
   return said
 
 
-def require(config: Mapping[str, Any]) -> None:
-  """Examines an experiment that is about to begin.
+def require(config: Mapping[str, Any], path: epath.Path) -> None:
+  """Examines an experiment whose run is about to begin, where it asks for that, at process 0.
 
   Raises:
     UserError: what does not hold.
   """
-  began, findings = time.monotonic(), list(examine(config))
-  failures = [line(name, finding) for name, finding in findings if finding.holds is False]
-  if failures:
+  # With --debug nothing is compiled, and each oracle would take minutes.
+  if not config['check'] or (path / 'config.json').exists() or jax.config.jax_disable_jit:
+    return
+  wrong = processes.share(_failures(config) if processes.index() == 0 else '')
+  if wrong:
     raise UserError(
       'on a small twin of this experiment not all holds that should (python -m lmjax.check tries '
-      'it again; check=False trains all the same)\n' + '\n'.join(failures)
+      f'it again; check=False trains all the same)\n{wrong}'
     )
+
+
+def _failures(config: Mapping[str, Any]) -> str:
+  began, findings = time.monotonic(), list(examine(config))
   count = sum(finding.holds is not None for _, finding in findings)
-  print(f'{count} oracles hold on a small twin ({time.monotonic() - began:.0f} s)', flush=True)
+  failed = [line(name, finding) for name, finding in findings if finding.holds is False]
+  if not failed:
+    print(f'{count} oracles hold on a small twin ({time.monotonic() - began:.0f} s)', flush=True)
+  return '\n'.join(failed)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ MANY = 64  # rows to look at
 
 def function_of_the_step(twin: Twin) -> Finding:
   """A row depends on its index and epoch alone, and a batch on its step."""
-  examples = twin.examples('train')
-  indices, epochs = np.array([3, 0, 1, 3]) % len(examples), np.array([0, 0, 2, 1])
-  together = examples(indices, epochs)
   wrong = set()
-  for row in range(len(indices)):
-    alone = examples(indices[row : row + 1], epochs[row : row + 1])
-    wrong |= {key for key, x in alone.items() if not np.array_equal(x[0], together[key][row])}
+  for examples in map(twin.examples, twin.stores):
+    indices, epochs = np.array([3, 0, 1, 3]) % len(examples), np.array([0, 0, 2, 1])
+    together = examples(indices, epochs)
+    for row in range(len(indices)):
+      alone = examples(indices[row : row + 1], epochs[row : row + 1])
+      wrong |= {key for key, x in alone.items() if not np.array_equal(x[0], together[key][row])}
+  examples = twin.examples('train')
   batches = loader.Loader(examples, len(indices), twin.config['seed'])
   hashes = [loader.fingerprint(batches.batch(step)) for step in (5, 0, 5)]
   wrong |= {'the batch of step 5, asked for twice'} if hashes[0] != hashes[2] else set()
@@ -68,19 +69,26 @@ def hidden(twin: Twin) -> Finding:
   """What is to be predicted is hidden, as often as the objective asks, and nothing else is."""
   if 'places' not in twin.batch:
     return Finding(None, 'the objective hides no tokens')
-  made = _rows(twin)
+  made, o = _rows(twin), twin.objective
   real = made['weights'] > 0
-  there = np.take_along_axis(made['tokens'], made['places'], axis=1)
-  seen, asked, count = (there == made['targets'])[real].mean(), twin.objective.visible, real.sum()
-  chance = 1 / max(1, (~twin.tokenizer.special).sum())
-  limit = asked + chance + 4 * np.sqrt(max(asked * (1 - asked), chance) / count)
-  masks = (made['tokens'] == twin.tokenizer.mask).sum()
+  there, count = np.take_along_axis(made['tokens'], made['places'], axis=1)[real], real.sum()
+  masked = there == twin.tokenizer.mask
+  chance = 1 / max(1, (~twin.tokenizer.special).sum())  # that a random token is the right one
+  shares = {  # name -> (found, asked for)
+    'stand where they are to be predicted': (there == made['targets'][real], o.visible),
+    'are masked': (masked, o.mask_share),
+  }
+  far, saw = False, []
+  for name, (found, asked) in shares.items():
+    limit = 4 * np.sqrt(max(asked * (1 - asked), chance) / count) + chance
+    far |= bool(abs(found.mean() - asked) > limit)
+    saw.append(f'{found.mean():.1%} {name}, of {asked:.1%}')
+  others = (made['tokens'] == twin.tokenizer.mask).sum() - masked.sum()
   return Finding(
-    bool(seen <= limit and masks <= count),
-    f'{seen:.1%} of {count} targets stand where they are to be predicted, {asked:.1%} asked for; '
-    f'{masks} tokens are masked',
-    'The mask is put where nothing is predicted, or what is predicted is taken from a text that is '
-    'corrupted already.',
+    bool(not far and not others),
+    f'of {count} targets {", ".join(saw)}; {others} other tokens are masked',
+    'The mask is put where nothing is predicted, or not as often as it should be, or targets are '
+    'taken from a text that is corrupted already.',
   )
 
 

@@ -28,9 +28,10 @@ def first_loss(twin: Twin) -> Finding:
   """A model that has seen nothing is as good as one that knows nothing."""
   terms, _ = twin.totals(twin.params, twin.batch)
   expected = twin.objective.ignorant(twin.vocab_size)
-  assert terms.keys() == expected.keys()
   found = {key: mean.compute() for key, mean in terms.items()}
-  near = all(abs(found[key] - x) <= 0.05 * x for key, x in expected.items())
+  # Of few targets, such as a label for each row, the mean is that of chance.
+  limits = {key: 0.05 * x + 0.5 / math.sqrt(terms[key].weight) for key, x in expected.items()}
+  near = all(abs(found[key] - x) <= limits[key] for key, x in expected.items())
   saw = (f'{key} {found[key]:.3f} of {x:.3f} nats' for key, x in expected.items())
   return Finding(
     near,
@@ -70,15 +71,18 @@ def slope(twin: Twin) -> Finding:
     terms, _ = twin.totals(jax.tree.unflatten(form, moved), twin.batch)
     return sum(term.compute() for term in terms.values())
 
-  for n, (name, grad) in enumerate(_named(grads).items()):
-    norm = float(np.linalg.norm(grad)) or 1.0
-    step = np.float32(STEP / norm) * grad
+  norms = {name: float(np.linalg.norm(grad)) for name, grad in _named(grads).items()}
+  for n, (name, norm) in enumerate(norms.items()):
+    if norm < STEP:
+      continue
+    step = np.float32(STEP / norm) * jax.tree.leaves(grads)[n]
     found = (loss(n, step) - loss(n, -step)) / (2 * STEP)
-    if not abs(found - norm) <= 0.03 * norm + 3e-4 and grad.any():
+    if not abs(found - norm) <= 0.03 * norm + 2e-4:
       wrong.append(f'{name} {norm:.4g}, and the loss rises by {found:.4g}')
+  seen = f'{sum(norm >= STEP for norm in norms.values())} arrays whose gradient is no rounding'
   return Finding(
     not wrong,
-    f'norm of the gradient of {"; ".join(wrong)}' if wrong else f'{len(params)} arrays',
+    f'norm of the gradient of {"; ".join(wrong)}' if wrong else seen,
     'The gradient is that of something else: look at custom derivatives (custom_vjp, linear_call) '
     'and stop_gradient in what the model is made of.',
   )
@@ -112,10 +116,12 @@ def by_heart(twin: Twin) -> Finding:
 
 def micro_batches(twin: Twin) -> Finding:
   """The step of a batch in parts, whose weights differ, goes along the gradient of the whole."""
-  apart = _apart(twin, _stepped(_plain(twin, micro_batches=4)))
+  exact = twin.config['deterministic_sum']  # then there are virtual shards in place of them
+  apart = _apart(twin, _stepped(_plain(twin, micro_batches=1 if exact else 4)))
   return Finding(
     apart <= 1e-4,
-    f'a step in 4 micro-batches differs from the gradient by {apart:.1e} of its largest number',
+    f'a step in {"virtual shards" if exact else "4 micro-batches"} differs from the gradient by '
+    f'{apart:.1e} of its largest number',
     'Means of parts are averaged, or parts are weighted by their own weights: in the model a term '
     'is a Mean of sums over the batch that it is given, and nothing is divided.',
   )
@@ -150,9 +156,7 @@ def sharded(twin: Twin) -> Finding:
 def optimizer(twin: Twin) -> Finding:
   """In some steps of the experiment's own optimizer the loss falls and every parameter moves."""
   quiet = dict.fromkeys(_noises(twin), 0.0)
-  # A thousandth is more than rounding, and less than what a warm-up leads to.
-  steady = {'lr': max(twin.config['optimizer']['lr'], 1e-3), **STEADY}
-  parts = twin.but(model=quiet, optimizer=steady)
+  parts = twin.but(model=quiet, optimizer=_steady(twin))
   before, (after, losses) = twin.params, _stepped(parts, params=twin.params, count=20)
   same = _named(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
   still = [name for name, is_same in same.items() if is_same and not name.endswith(UNSEEN)]
@@ -160,8 +164,8 @@ def optimizer(twin: Twin) -> Finding:
   return Finding(
     min(losses) < losses[0] and not still,
     saw + (f'; never moved: {", ".join(still)}' if still else ''),
-    'optimizer.lr is too large or too small, or the optimizer (lmjax/optimizer.py) '
-    'leaves parameters out, or goes the wrong way.',
+    'optimizer.lr is too large, or the optimizer (lmjax/optimizer.py) leaves parameters out, or '
+    'goes the wrong way.',
   )
 
 
@@ -169,11 +173,16 @@ def decay(twin: Twin) -> Finding:
   """Weight decay shrinks matrices, and neither biases nor the scales of norms."""
   if not twin.config['optimizer']['weight_decay']:
     return Finding(None, 'there is none, as asked')
+
+  def update(params, **more):
+    transform = init_state(twin.but(optimizer=_steady(twin) | more), twin.mesh)[1]
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    return transform.update(nothing, transform.init(params), params)[0]
+
+  difference = lambda p: jax.tree.map(jnp.subtract, update(p), update(p, weight_decay=0.0))
   with there(twin.mesh, twin.config['sharding']['strategy']):
-    transform = init_state(twin, twin.mesh)[1]
-    nothing = jax.tree.map(jnp.zeros_like, twin.wide)
-    update = jax.jit(lambda p: transform.update(nothing, transform.init(p), p)[0])(twin.wide)
-  decayed = [name for name, x in _named(jax.device_get(update)).items() if x.any()]
+    update_of = jax.device_get(jax.jit(difference)(twin.wide))
+  decayed = [name for name, x in _named(update_of).items() if x.any()]
   wrong = sorted(name for name in decayed if name.endswith(('bias', 'scale')))
   return Finding(
     bool(decayed) and not wrong,
@@ -184,14 +193,17 @@ def decay(twin: Twin) -> Finding:
 
 def noise(twin: Twin) -> Finding:
   """Dropout is drawn anew in every step."""
-  rates = {key: twin.config['model'][key] for key in _noises(twin)}
-  if not any(rates.values()):
+  asked = [key for key in _noises(twin) if twin.config['model'][key]]
+  if not asked:
     return Finding(None, 'there is no dropout, as asked')
-  _, losses = _stepped(twin.but(optimizer=SGD | {'lr': 0.0}), count=3)
+  seen = {}
+  for key in asked:
+    alone = {other: 0.0 for other in asked if other != key}
+    seen[key] = _stepped(twin.but(optimizer=SGD | {'lr': 0.0}, model=alone), count=3)[1]
+  said = (f'{key} {", ".join(f"{x:.4f}" for x in losses)}' for key, losses in seen.items())
   return Finding(
-    len(set(losses)) == 3,
-    'in three steps on one batch with a learning rate of 0 the loss is '
-    + ', '.join(f'{x:.4f}' for x in losses),
+    all(len(set(losses)) == 3 for losses in seen.values()),
+    f'in three steps on one batch, with a learning rate of 0, the loss is with {"; ".join(said)}',
     'The key of the noise does not change with the step, or `train` does not reach the dropout.',
   )
 
@@ -221,6 +233,13 @@ def _noises(twin: Twin) -> list[str]:
   return [key for key in twin.config['model'] if key.endswith('dropout')]
 
 
+def _steady(twin: Twin) -> dict[str, Any]:
+  """The experiment's optimizer without its schedule, at rates that are more than rounding."""
+  asked = twin.config['optimizer']
+  args = {key: value for key, value in asked['args'].items() if 'learning_rate' not in key}
+  return STEADY | {'lr': max(asked['lr'], 1e-3), 'args': args}
+
+
 def _plain(twin: Twin, **more: int) -> Twin:
   """Without noise, and with updates that are gradients."""
   return twin.but(model=dict.fromkeys(_noises(twin), 0.0), optimizer=SGD, **more)
@@ -237,7 +256,9 @@ def _stepped(
     step = lower(parts, mesh, like, transform).compile()
     key = jax.random.key(parts.config['seed'])
     zeros = jnp.zeros(guard.WINDOW)
-    state = TrainState(jnp.int32(0), params, transform.init(params), key, zeros)
+    # By way of the host: what an optimizer keeps may be one array in several places.
+    kept_by_it = jax.device_get(transform.init(params))
+    state = TrainState(jnp.int32(0), params, kept_by_it, key, zeros)
     state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
     batch, losses = parts.place(_uneven(parts.batch), mesh), []
     for _ in range(count):
@@ -257,6 +278,8 @@ def _apart(twin: Twin, stepped: Stepped) -> float:
   params, losses = stepped
   loss, grads = twin.slope(twin.wide, _uneven(twin.batch))
   apart = lambda x, y, grad: float(np.abs((y - x) / SGD['lr'] - grad).max())
-  worst = max(jax.tree.leaves(jax.tree.map(apart, params, twin.wide, grads)))
+  worst = np.max(jax.tree.leaves(jax.tree.map(apart, params, twin.wide, grads)))
   largest = max(float(np.abs(grad).max()) for grad in jax.tree.leaves(grads))
-  return max(worst / largest, change(losses[0], float(loss)))
+  return float(
+    np.max([worst / largest, change(losses[0], float(loss))])
+  )  # also of what is no number

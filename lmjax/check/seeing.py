@@ -20,16 +20,16 @@ def causality(twin: Twin) -> Finding:
     earlier, later = places <= cut, places > cut
     back.append(_moved(twin, kept(twin.batch, earlier), later))
     forth.append(_moved(twin, kept(twin.batch, later), earlier))
-  causal = twin.objective.causal
-  saw = f'later tokens move the loss by {max(back):.1e}, earlier ones by {max(forth):.1e}'
-  if causal and not max(back) <= UNMOVED:
+  causal, back, forth = twin.objective.causal, np.max(back), np.max(forth)
+  saw = f'later tokens move the loss by {back:.1e}, earlier ones by {forth:.1e}'
+  if causal and not back <= UNMOVED:
     return Finding(
       False,
       saw,
       'It sees the future: look at the mask that the objective hands to the core (models/attention'
       '.py, Mask), and at whatever in the core mixes places.',
     )
-  if not max(forth) > MOVED or not (causal or max(back) > MOVED):
+  if not forth > MOVED or not (causal or back > MOVED):
     return Finding(
       False,
       saw,
@@ -41,7 +41,7 @@ def causality(twin: Twin) -> Finding:
 
 def order(twin: Twin) -> Finding:
   """The same tokens in another order are another text."""
-  if not twin.objective.causal and getattr(twin.core, 'positions', '') == 'none':
+  if getattr(twin.core, 'positions', '') == 'none':
     return Finding(None, 'the model has no positions, as asked')
   length, moved = twin.config['length'], []
   for cut in np.array([1, 2, 3]) * length // 4:
@@ -49,8 +49,10 @@ def order(twin: Twin) -> Finding:
     turned = later['tokens'].copy()
     turned[:, 1:cut] = turned[:, 1:cut][:, ::-1]
     moved.append(change(twin.loss(later | {'tokens': turned}), twin.loss(later)))
-  saw = f'with earlier tokens turned round the loss moves by {max(moved):.1e}'
-  return Finding(max(moved) > MOVED, saw, 'Positions do not reach the core: models/positions.py.')
+  saw = f'with earlier tokens turned round the loss moves by {np.max(moved):.1e}'
+  return Finding(
+    bool(np.max(moved) > MOVED), saw, 'Positions do not reach the core: models/positions.py.'
+  )
 
 
 def rows(twin: Twin) -> Finding:
@@ -69,15 +71,19 @@ def rows(twin: Twin) -> Finding:
 
 def documents(twin: Twin) -> Finding:
   """Documents, or pairs, that share a row do not see each other, where that is asked for."""
-  segments = twin.batch.get('segments', np.zeros((1, 1)))
-  if segments.max() < 2:
+  segments = twin.batch.get('segments', np.ones((1, 1), int))
+  if not twin.objective.separates:
     return Finding(None, 'what shares a row sees all of it, as asked')
-  worst = 0.0
+  if segments.max() < 2:
+    saw = 'texts that share a row are to be apart, and `segments` tell none from another'
+    return Finding(False, saw, "Look at the objective's examples.")
+  moved = []
   for number in (1, segments.max(axis=1, keepdims=True)):
     mine = segments == number
-    worst = max(worst, _moved(twin, kept(twin.batch, mine), ~mine))
+    moved.append(_moved(twin, kept(twin.batch, mine), ~mine))
+  worst = np.max(moved)
   return Finding(
-    worst <= UNMOVED,
+    bool(worst <= UNMOVED),
     f'others in a row move the loss of a document by {worst:.1e}',
     'It sees its neighbours: look at `segments` in the batch and in the mask, and at whether the '
     'first token of a document is predicted from the last of another.',
@@ -124,7 +130,9 @@ def targets(twin: Twin) -> Finding:
   """The probabilities of all tokens at a place add up to 1, so that none knows the right one."""
   if 'xent' not in twin.totals(twin.params, twin.batch)[1]:
     return Finding(None, 'the objective predicts no tokens')
-  row, real = {k: v[:1] for k, v in twin.batch.items()}, np.flatnonzero(twin.batch['weights'][0])
+  row = int(twin.batch['weights'].any(axis=1).argmax())
+  row, real = {k: v[row : row + 1] for k, v in twin.batch.items()}, twin.batch['weights'][row]
+  real = np.flatnonzero(real)
 
   @jax.jit
   def total(params, row, at):

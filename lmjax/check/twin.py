@@ -53,8 +53,7 @@ class Twin(experiment.Sketch):
       for sentence in document:
         sentences.append(len(tokens))
         tokens += t.encode(sentence + ' ')
-      # A tokenizer of others may have none; who needs it says so.
-      tokens.append(t.pad or 0 if t.eos is None else t.eos)
+      tokens.append(t.eos)
       documents.append(len(tokens))
     text = '\n'.join(itertools.chain.from_iterable(_documents()))
     arrays = np.array(tokens, np.int32), np.array(documents), np.array(sentences)
@@ -128,7 +127,7 @@ class Twin(experiment.Sketch):
 def of(config: Mapping[str, Any]) -> Twin:
   """The twin of a resolved config; UserError where its parts do not fit together."""
   parts, c = experiment.sketch(config), copy.deepcopy(dict(config))
-  c |= dict(batch=ROWS, length=LENGTH, micro_batches=1, deterministic_sum=False)
+  c |= dict(batch=ROWS, length=LENGTH, micro_batches=1, virtual_shards=ROWS)
   c['model'] |= parts.core.small()
   for key in parts.objective.counts_tokens:
     if c['objective'][key]:

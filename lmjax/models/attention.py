@@ -93,7 +93,7 @@ def attention(
     bias_BNLS: added to the logits.
     dropout: applied to the attention weights.
     offset: the place of the first query among the keys of a cache.
-    say: prints the choice and its reason, once.
+    say: prints what `auto` has chosen and why, once.
 
   Raises:
     UserError: the named backend cannot do it.
@@ -103,7 +103,7 @@ def attention(
   asked |= dict(masks=mask.kinds, dtype=q_BLNH.dtype.name, head_dim=head_dim, length=length)
   # Who asks for a kernel means the training; text is generated with a cache, which none has.
   chosen, why = flash.choose('auto' if asked['cache'] else backend, **asked)
-  if say:
+  if say and backend == 'auto':
     _say(f'attention: {chosen} ({why})')
   if chosen == 'reference':
     allowed_BLS = mask.array(length, k_BSGH.shape[1], 0 if offset is None else offset)

@@ -179,7 +179,7 @@ class Transformer(nn.Module):
       'max_length': None,
       'window': self.window and min(max(self.window, 2), 16),
       'vocab_multiple': 8,
-      'attention': 'auto',
+      'attention': 'reference',
       'dtype': 'float32',
       'scan': True,
       'remat': 'none',

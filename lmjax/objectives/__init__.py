@@ -18,7 +18,8 @@ section `objective`.  It has
       what each term is for a model that knows nothing, which one that begins should be near.
   causal: whether the model continues texts; then it has a method `logits` (see clm.py).
   scores_every_token: whether `xent` is of all tokens of a text, so that it has bits per byte.
-  visible: the share of targets that stand where they are to be predicted, where it has `places`.
+  separates: whether rows hold texts that do not see each other, told apart by `segments`.
+  visible, mask_share: of the targets in `places`, those that are there to be seen, or masked.
   counts_tokens: the fields that are numbers of tokens, which shrink with the rows.
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0

@@ -39,6 +39,10 @@ class Objective:
     if not 0 <= self.label_smoothing < 1:
       raise UserError(f'objective.label_smoothing = {self.label_smoothing} is not in [0, 1)')
 
+  @property
+  def separates(self) -> bool:
+    return self.separate_documents
+
   def check(self, tokenizer: Tokenizer, length: int, core: nn.Module) -> None:
     if tokenizer.eos is None:
       raise UserError(

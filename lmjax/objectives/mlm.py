@@ -56,6 +56,10 @@ class Objective:
     return self.next_sentence or self.sentence_order
 
   @property
+  def separates(self) -> bool:
+    return self.separate_documents or self.pairs_per_row > 1
+
+  @property
   def visible(self) -> float:
     """The share of targets that the model is shown where it is to predict them."""
     return 1 - self.mask_share - self.random_share
