@@ -27,6 +27,7 @@ KINDS = {  # name -> (objective, what its config says, the type in transformers)
   'bert': ('mlm', ENCODER | {'objective.next_sentence': True}, 'bert'),
   'bert without pairs': ('mlm', ENCODER | {'objective.types': True}, 'bert'),
   'bert without types': ('mlm', ENCODER, 'bert'),
+  'bert untied': ('mlm', ENCODER | {'objective.tied': False}, 'bert'),
   'roberta': ('mlm', ENCODER | {'model.vocab_multiple': 64}, 'roberta'),
 }
 
@@ -159,6 +160,20 @@ def test_other_types_are_read_as_float32(published, dtype):
   for path, x in flat(huggingface.load(directory)[1]).items():
     assert x.dtype == np.float32
     np.testing.assert_array_equal(x, there[path].astype(dtype).astype(np.float32))
+
+
+def test_a_bias_by_its_older_name(published, capsys):
+  """Of an encoder with an output table of its own."""
+  directory = published('bert untied')
+  there = flat(huggingface.load(directory)[1])
+  change(directory, harmed('cls.predictions.bias', lambda x: x + 1))
+  np.testing.assert_array_equal(
+    flat(huggingface.load(directory)[1])['head/bias'], there['head/bias']
+  )
+  change(directory, lambda a: {k: x for k, x in a.items() if 'decoder.bias' not in k})
+  found = flat(huggingface.load(directory)[1])['head/bias']
+  np.testing.assert_array_equal(found, there['head/bias'] + 1)
+  assert capsys.readouterr().err == ''
 
 
 def test_several_files_and_names_without_a_prefix(published):

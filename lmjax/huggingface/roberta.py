@@ -9,7 +9,8 @@ from lmjax.huggingface.weights import Weight, modules, refuse
 
 PREFIX, HEADS = 'roberta.', ('lm_head.',)
 OPTIONAL = ('transform', 'head/')
-SURPLUS = r'embeddings\.(position_ids|token_type_embeddings\.weight)|lm_head\.decoder\..*'
+SURPLUS = r'embeddings\.(position_ids|token_type_embeddings\.weight)|lm_head\.(bias|decoder\..*)'
+_BIAS, _OWN_BIAS = 'lm_head.bias', 'lm_head.decoder.bias'
 FIRST = 2  # position: that of the padding, 1, and one more
 _TYPES, _POSITIONS = (f'embeddings.{x}_embeddings.weight' for x in ('token_type', 'position'))
 
@@ -62,7 +63,10 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
   found = [
     Weight('embed/table', 'embeddings.word_embeddings.weight'),
     Weight('core/position/embed/table', _POSITIONS, skip=FIRST),
-    Weight('head/bias', 'lm_head.bias'),
+    # A table of its own has a bias of its own; files of older versions have it by the first name.
+    Weight('head/bias', _BIAS)
+    if objective['tied']
+    else Weight('head/bias', _OWN_BIAS, other=_BIAS),
     Weight('head/table/table', 'lm_head.decoder.weight'),
   ]
   layer, blocks = 'encoder.layer.{}.', 'core/blocks/'
@@ -88,5 +92,8 @@ def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.nd
 
 
 def complete(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """With zeros for the types; the bias is written by both its names."""
   dim = arrays['embeddings.word_embeddings.weight'].shape[1]
+  if _OWN_BIAS in arrays:
+    arrays = {_BIAS: arrays[_OWN_BIAS], **arrays}
   return {_TYPES: np.zeros((1, dim), np.float32), **arrays}

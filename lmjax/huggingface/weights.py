@@ -31,6 +31,7 @@ class Weight:
   transposed: theirs is [outputs, inputs].
   part: (i, n): ours is the i-th of n equal parts of theirs, along the outputs.
   skip: so many rows at the beginning of theirs are none of ours.
+  other: what it is called where the name is not there.
   """
 
   ours: str
@@ -38,6 +39,7 @@ class Weight:
   transposed: bool = False
   part: tuple[int, int] = (0, 1)
   skip: int = 0
+  other: str = ''
 
   def name(self, layer: int) -> str:
     return self.theirs.format(layer)
@@ -127,6 +129,8 @@ def taken(
     weight = by_path[path]
     layers = range(shape[0]) if weight.layered else range(1)
     names = [weight.name(layer) for layer in layers]
+    if weight.other in files and names[0] not in files:
+      names = [weight.other]
     lacking = [name for name in names if name not in files]
     read |= set(names) - set(lacking)
     if lacking:
