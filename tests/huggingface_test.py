@@ -97,6 +97,10 @@ def test_out_and_in_again_are_the_same_bits(trained, tiny, tmp_path, kind, capfd
   huggingface.from_workdir(run, tmp_path / 'out')
   about = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert about['model_type'] == KINDS[kind][2]
+  modes = {
+    (tmp_path / 'out' / name).stat().st_mode for name in ('model.safetensors', 'config.json')
+  }
+  assert len(modes) == 1
   own = {'data.train': data['train'], 'data.eval': data['eval'], 'data.document': 'line'}
   own |= {'cache': tiny()['cache'], 'length': 48, 'batch': 8}
   huggingface.to_workdir(tmp_path / 'out', tmp_path / 'in', own)

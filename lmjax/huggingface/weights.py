@@ -191,7 +191,10 @@ def write(directory: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
   import safetensors.numpy
 
   try:
+    (directory / SINGLE).touch()
+    mode = os.stat(directory / SINGLE).st_mode
     safetensors.numpy.save_file(dict(arrays), directory / SINGLE, metadata={'format': 'pt'})
+    os.chmod(directory / SINGLE, mode)  # theirs is for its owner alone
   except (OSError, safetensors.SafetensorError) as e:
     raise StorageError(f'{directory / SINGLE} cannot be written: {e}') from e
 
