@@ -255,9 +255,59 @@ MISTAKES = {
     lambda d: said(d, scale_attn_by_inverse_layer_idx=True),
     'scale_attn_by_inverse_layer_idx = true, and only false',
   ),
+  'a window': (lambda d: said(d, sliding_window=4096), 'sliding_window = 4096, and only null'),
+  'quantized': (
+    lambda d: said(d, quantization_config={'bits': 4, 'names': ['x'] * 999}),
+    'quantization_config = {"bits": 4',
+  ),
+  'both ways': (lambda d: said(d, is_causal=False), 'is_causal = false, and only true'),
+  'an encoder too': (lambda d: said(d, is_encoder_decoder=True), 'is_encoder_decoder = true'),
+  'no epsilon': (lambda d: said(d, layer_norm_epsilon='small'), 'of the wrong kind'),
+  'an absurd epsilon': (lambda d: said(d, layer_norm_epsilon=10**400), 'of the wrong kind'),
   'another vocabulary': (lambda d: said(d, vocab_size=99), 'wte.weight is'),
   'damaged config': (lambda d: (d / 'config.json').write_bytes(b'{'), 'is damaged'),
 }
+
+
+MISTAKES_OF_OTHERS = [  # a kind, what its config says, what is said to that
+  ('bert', {'position_embedding_type': 'relative_key'}, 'position_embedding_type = "relative_key"'),
+  ('bert', {'is_decoder': True}, 'is_decoder = true'),
+  ('bert', {'type_vocab_size': 3}, 'type_vocab_size = 3'),
+  ('bert', {'hidden_act': 'gelu_new'}, 'hidden_act = "gelu_new"'),
+  ('roberta', {'position_embedding_type': 'relative_key_query'}, 'position_embedding_type'),
+  ('roberta', {'pad_token_id': 0}, 'pad_token_id = 0, and only 1'),
+  ('llama', {'head_dim': 3}, 'head_dim = 3 is not hidden_size / num_attention_heads'),
+  ('llama', {'head_dim': None, 'num_attention_heads': 3}, 'head_dim = 5 is not hidden_size'),
+  ('llama', {'mlp_bias': True}, 'attention_bias and mlp_bias differ'),
+  ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling of type "linear"'),
+  ('llama', {'rope_scaling': {'rope_type': 'llama3'}}, 'rope_scaling of type "llama3"'),
+  ('llama', {'rope_parameters': {'rope_type': 'yarn'}}, 'rope_parameters of type "yarn"'),
+  ('llama', {'rope_parameters': {'full_attention': {}}}, 'rope_parameters with "full_attention"'),
+  ('llama', {'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor = 0.5'),
+  ('llama', {'rope_parameters': 'linear'}, 'rope_parameters is no object'),
+  ('llama', {'rope_parameters': {'rope_theta': 'x'}}, 'of the wrong kind'),
+  ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'),
+]
+
+
+@pytest.mark.parametrize(('kind', 'changes', 'words'), MISTAKES_OF_OTHERS)
+def test_what_ours_cannot_do_is_refused_by_name(published, kind, changes, words):
+  directory = published(kind)
+  said(directory, **changes)
+  with pytest.raises(UserError, match=re.escape(words)):
+    huggingface.load(directory)
+
+
+def test_what_is_not_kept_of_a_config_is_said(published, capsys):
+  directory = published()
+  said(directory, embd_pdrop=0.3, resid_pdrop=0.2, auto_map={'x': 'y'}, router=None, use_cache=True)
+  model, _, _ = huggingface.load(directory)
+  assert model.core.dropout == 0.2
+  assert capsys.readouterr().err.splitlines() == [
+    'lmjax: config.json: embd_pdrop = 0.3 is not kept: a run trains with resid_pdrop = 0.2 on '
+    'embeddings too',
+    f'lmjax: {directory}/config.json also says auto_map, which is not read here',
+  ]
 
 
 def said(directory, **changes):

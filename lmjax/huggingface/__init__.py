@@ -83,10 +83,18 @@ def _open(path: str | os.PathLike) -> Source:
   vocab_size = about.get('vocab_size')
   if not isinstance(vocab_size, int) or vocab_size < 1:
     raise UserError(f'{directory}/config.json: vocab_size = {vocab_size}')
+  asked = weights.Asked(about)
+  weights.refuse(
+    asked, {'is_encoder_decoder': False, 'quantization_config': None, 'sliding_window': None}
+  )
   try:
-    settings = architecture.settings(about, files.__contains__)
-  except (TypeError, ZeroDivisionError) as e:
+    settings = architecture.settings(asked, files.__contains__)
+  except UserError:
+    raise
+  except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(f'{directory}/config.json: a value is of the wrong kind ({e})') from e
+  if odd := asked.unread():
+    say(f'{directory}/config.json also says {_some(odd)}, which is not read here')
   return Source(directory, architecture, settings, vocab_size, files)
 
 

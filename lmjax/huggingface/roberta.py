@@ -18,17 +18,18 @@ _TYPES, _POSITIONS = (f'embeddings.{x}_embeddings.weight' for x in ('token_type'
 def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
   """What of our config follows from theirs."""
   refuse(c, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'is_decoder': False})
-  refuse(c, {'type_vocab_size': 1, 'pad_token_id': FIRST - 1, 'add_cross_attention': False})
+  refuse(c, {'pad_token_id': FIRST - 1, 'add_cross_attention': False})
+  refuse({'type_vocab_size': c.get('type_vocab_size', 2)}, {'type_vocab_size': 1})
   return {
     'objective': {'name': 'mlm', 'tied': c.get('tie_word_embeddings', True)},
     'model': {
       **{'depth': c.get('num_hidden_layers', 12), 'dim': c.get('hidden_size', 768)},
       'heads': c.get('num_attention_heads', 12),
       'ffn_dim': c.get('intermediate_size', 3072),
-      'max_length': c.get('max_position_embeddings', 514) - FIRST,
+      'max_length': c.get('max_position_embeddings', 512) - FIRST,
       **KNOWN['model'],
       'initializer': 'bert',
-      'norm_epsilon': float(c.get('layer_norm_eps', 1e-5)),
+      'norm_epsilon': float(c.get('layer_norm_eps', 1e-12)),
       'dropout': float(c.get('hidden_dropout_prob', 0.1)),
       'attention_dropout': float(c.get('attention_probs_dropout_prob', 0.1)),
     },

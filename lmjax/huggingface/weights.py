@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,17 @@ from lmjax.errors import StorageError, UserError
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 _NUMBERS = ('float32', 'float16', 'bfloat16', 'float64')
+IDLE = frozenset(  # keys of a published config that change no number here
+  """
+  _name_or_path architectures bos_token_id chunk_size_feed_forward classifier_dropout
+  directionality dtype eos_token_id finetuning_task gradient_checkpointing id2label
+  initializer_range label2id model_type n_ctx output_attentions output_hidden_states output_past
+  pad_token_id pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+  pooler_type pretraining_tp problem_type return_dict summary_activation summary_first_dropout
+  summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
+  transformers_version use_cache vocab_size
+  """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +210,30 @@ def write(directory: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     raise StorageError(f'{directory / SINGLE} cannot be written: {e}') from e
 
 
-def activation(name: str, known: Mapping[str, str]) -> str:
+class Asked(Mapping[str, Any]):
+  """A published config, and which of its keys somebody has asked for: `asked`."""
+
+  def __init__(self, config: Mapping[str, Any]):
+    self._config, self.asked = config, set()
+
+  def __getitem__(self, key: str) -> Any:
+    self.asked.add(key)
+    return self._config[key]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._config)
+
+  def __len__(self) -> int:
+    return len(self._config)
+
+  def unread(self) -> list[str]:
+    """Keys that say something, which nobody has asked for and which are not idle."""
+    return sorted(key for key in self._config.keys() - self.asked - IDLE if self._config[key])
+
+
+def activation(key: str, name: str, known: Mapping[str, str]) -> str:
   if name not in known:
-    raise UserError(f'the activation "{name}" is none of {", ".join(known)}')
+    raise UserError(f'{key} = "{name}" is none of {", ".join(known)}')
   return known[name]
 
 
@@ -209,5 +241,5 @@ def refuse(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Raises a UserError where a published config asks for what ours cannot do."""
   for key, value in wanted.items():
     if config.get(key, value) != value:
-      asked = json.dumps(config[key])
+      asked = json.dumps(config[key])[:80]
       raise UserError(f'config.json: {key} = {asked}, and only {json.dumps(value)} is known here')
