@@ -232,7 +232,7 @@ def from_workdir(
   scratch = epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp')
   scratch.mkdir(parents=True)
   weights.write(scratch, {full(name): x for name, x in arrays.items()})
-  if not tokens.write(t, scratch):
+  if not tokens.write(t, scratch, types=about.get('type_vocab_size', 0) > 1):
     say(f'`transformers` has no tokenizer like "{t.name}": none is written')
   jsonio.write(scratch / 'config.json', {**about, 'dtype': 'float32'})
   scratch.rename(directory)

@@ -60,6 +60,20 @@ def test_ids(theirs, tmp_path):
       assert getattr(ours, role) in (id_, 0 if role in ('cls', 'sep') else None)
 
 
+def test_what_is_written_has_their_ends(theirs, tmp_path):
+  """[CLS] and [SEP], and which half of a pair a token is of."""
+  tokenizer, directory, size = theirs
+  types = 'token_type_ids' in tokenizer.model_input_names
+  tokenizer.save_pretrained(tmp_path / 'theirs')
+  for i, place in enumerate((directory, tmp_path / 'theirs')):
+    at = tmp_path / f'ours{i}'
+    at.mkdir()
+    assert tokens.write(tokens.find(place, size), at, types)
+    again = transformers.AutoTokenizer.from_pretrained(at)
+    assert dict(again('The river', 'and a boat')) == dict(tokenizer('The river', 'and a boat'))
+    assert dict(again('The river')) == dict(tokenizer('The river'))
+
+
 def test_they_read_what_is_written(theirs, tmp_path):
   _, directory, size = theirs
   ours = tokens.find(directory, size)
