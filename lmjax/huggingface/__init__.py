@@ -55,9 +55,10 @@ def load(path: str | os.PathLike) -> tuple[nn.Module, Any, Tokenizer | None]:
   """(model, params, tokenizer) of a directory with config.json and safetensors.
 
   model.apply({'params': params}, tokens_BL, method='logits') gives the logits [B, L, V] in float32.
-  An encoder's methods `encode`, `logits` and `pooled` also take segments_BL (0 is padding) and
-  types_BL; a decoder's `encode` and `logits` take segments_BL and positions_BL.  The tokenizer is
-  None where the directory has none.  What is missing or surplus is said.
+  An encoder's methods `encode`, `logits` and `pooled` also take segments_BL (0 is padding, which
+  follows the text) and types_BL; a decoder's `encode` and `logits` take segments_BL and
+  positions_BL.  The tokenizer is None where the directory has none.  What is missing or surplus is
+  said.
 
   Raises:
     UserError: there is none, of an architecture not known here, or its arrays are others.
