@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import jax
 import ml_dtypes
@@ -12,7 +13,9 @@ import safetensors.numpy
 from flax import traverse_util
 
 from lmjax import config, evaluate, experiment, generate, huggingface, record, sharding, train
+from lmjax.data import tokenizer as tokenizer_lib
 from lmjax.errors import UserError
+from lmjax.huggingface import tokens
 from tests.processes_test import spawn
 
 DECODER = {'optimizer.lr': 1e-2}
@@ -121,6 +124,26 @@ def test_out_and_in_again_are_the_same_bits(trained, tiny, tmp_path, kind, capfd
   if kind.startswith('gpt2'):  # the tokenizer is the same object, and so are the numbers
     then = evaluate.run(run)
     assert numbers['eval/valid/loss'] == pytest.approx(then['eval/valid/loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('template', 'begins'),
+  [('$A', 1), ('$A </s>', 1), ('<s> $A </s>', 0)],  # by default, the end of the text before it
+)
+def test_a_prompt_begins_as_its_tokenizer_says(tmp_path, template, begins):
+  import tokenizers
+
+  ids = {'<s>': 0, '</s>': 1, 'a': 2, '<unk>': 3}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token='<unk>'))
+  made.add_special_tokens(['<s>', '</s>'])
+  ends = [('<s>', 0), ('</s>', 1)]
+  made.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=ends)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  tokens.find(tmp_path, 4).save(tmp_path / 'saved')  # as it is kept in a workdir
+  tokenizer = tokenizer_lib.load(tmp_path / 'saved')
+  assert tokenizer.encode('a') == [2]
+  parts = types.SimpleNamespace(tokenizer=tokenizer, core=types.SimpleNamespace(positions='rotary'))
+  assert generate.encode_prompt(parts, 'a')[0] == [begins, 2]
 
 
 def test_an_imported_run_trains_and_writes(trained, tiny, tmp_path, capfd):
