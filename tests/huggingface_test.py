@@ -180,9 +180,8 @@ def change(directory, act):
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_other_types_are_read_as_float32(published, dtype):
-  directory = published()
-  there = jax.device_get(flat(huggingface.load(directory)[1]))
+def test_other_types_are_read_as_float32(trained, published, dtype):
+  directory, there = published(), flat(params_of(trained('gpt2'))[1])
   change(directory, lambda arrays: {name: x.astype(dtype) for name, x in arrays.items()})
   for path, x in flat(huggingface.load(directory)[1]).items():
     assert x.dtype == np.float32
@@ -272,7 +271,8 @@ MISTAKES = {
   'absurdly wide': (lambda d: said(d, n_embd=1 << 40), 'dim = 1099511627776'),
   'no number': (lambda d: said(d, n_head='two'), 'n_head|heads'),
   'no width': (lambda d: said(d, n_embd=None, n_inner=None), 'of the wrong kind'),
-  'no vocabulary': (lambda d: said(d, vocab_size=None), 'vocab_size = None'),
+  'no vocabulary': (lambda d: said(d, vocab_size=None), 'config.json: vocab_size = None'),
+  'an empty vocabulary': (lambda d: said(d, vocab_size=0), 'config.json: vocab_size = 0'),
   'another activation': (lambda d: said(d, activation_function='mish'), '"mish" is none of gelu'),
   'another attention': (
     lambda d: said(d, scale_attn_by_inverse_layer_idx=True),
