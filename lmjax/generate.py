@@ -114,13 +114,14 @@ def continue_text(
   )
   new = jax.device_get(new_BL)[0].tolist()
   new = new[: new.index(t.eos)] if t.eos in new else new
-  return t.decode(ids[1:] + new)
+  return t.decode(t.encode(prompt) + new)
 
 
 def encode_prompt(parts: Experiment, prompt: str) -> tuple[list[int], int]:
   """(ids, the most tokens that the model has positions for); UserError if none is left."""
   t, core = parts.tokenizer, parts.core
-  ids = [t.eos, *t.encode(prompt)]  # the end of a text is what comes before every text
+  # Where its tokenizer says nothing, the end of a text is what comes before every text.
+  ids = [*(t.opening or [t.eos]), *t.encode(prompt)]
   limit = core.max_length if core.positions == 'learned' else 1 << 30
   if len(ids) >= limit:
     raise UserError(f'the prompt of {len(ids)} tokens fills the {limit} positions of the model')

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import jax
 import ml_dtypes
@@ -12,7 +13,9 @@ import safetensors.numpy
 from flax import traverse_util
 
 from lmjax import config, evaluate, experiment, generate, huggingface, record, sharding, train
+from lmjax.data import tokenizer as tokenizer_lib
 from lmjax.errors import UserError
+from lmjax.huggingface import tokens
 from tests.processes_test import spawn
 
 DECODER = {'optimizer.lr': 1e-2}
@@ -27,6 +30,7 @@ KINDS = {  # name -> (objective, what its config says, the type in transformers)
   'bert': ('mlm', ENCODER | {'objective.next_sentence': True}, 'bert'),
   'bert without pairs': ('mlm', ENCODER | {'objective.types': True}, 'bert'),
   'bert without types': ('mlm', ENCODER, 'bert'),
+  'bert untied': ('mlm', ENCODER | {'objective.tied': False}, 'bert'),
   'roberta': ('mlm', ENCODER | {'model.vocab_multiple': 64}, 'roberta'),
 }
 
@@ -96,6 +100,10 @@ def test_out_and_in_again_are_the_same_bits(trained, tiny, tmp_path, kind, capfd
   huggingface.from_workdir(run, tmp_path / 'out')
   about = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert about['model_type'] == KINDS[kind][2]
+  modes = {
+    (tmp_path / 'out' / name).stat().st_mode for name in ('model.safetensors', 'config.json')
+  }
+  assert len(modes) == 1
   own = {'data.train': data['train'], 'data.eval': data['eval'], 'data.document': 'line'}
   own |= {'cache': tiny()['cache'], 'length': 48, 'batch': 8}
   huggingface.to_workdir(tmp_path / 'out', tmp_path / 'in', own)
@@ -116,6 +124,26 @@ def test_out_and_in_again_are_the_same_bits(trained, tiny, tmp_path, kind, capfd
   if kind.startswith('gpt2'):  # the tokenizer is the same object, and so are the numbers
     then = evaluate.run(run)
     assert numbers['eval/valid/loss'] == pytest.approx(then['eval/valid/loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('template', 'begins'),
+  [('$A', 1), ('$A </s>', 1), ('<s> $A </s>', 0)],  # by default, the end of the text before it
+)
+def test_a_prompt_begins_as_its_tokenizer_says(tmp_path, template, begins):
+  import tokenizers
+
+  ids = {'<s>': 0, '</s>': 1, 'a': 2, '<unk>': 3}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token='<unk>'))
+  made.add_special_tokens(['<s>', '</s>'])
+  ends = [('<s>', 0), ('</s>', 1)]
+  made.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=ends)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  tokens.find(tmp_path, 4).save(tmp_path / 'saved')  # as it is kept in a workdir
+  tokenizer = tokenizer_lib.load(tmp_path / 'saved')
+  assert tokenizer.encode('a') == [2]
+  parts = types.SimpleNamespace(tokenizer=tokenizer, core=types.SimpleNamespace(positions='rotary'))
+  assert generate.encode_prompt(parts, 'a')[0] == [begins, 2]
 
 
 def test_an_imported_run_trains_and_writes(trained, tiny, tmp_path, capfd):
@@ -152,13 +180,26 @@ def change(directory, act):
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_other_types_are_read_as_float32(published, dtype):
-  directory = published()
-  there = jax.device_get(flat(huggingface.load(directory)[1]))
+def test_other_types_are_read_as_float32(trained, published, dtype):
+  directory, there = published(), flat(params_of(trained('gpt2'))[1])
   change(directory, lambda arrays: {name: x.astype(dtype) for name, x in arrays.items()})
   for path, x in flat(huggingface.load(directory)[1]).items():
     assert x.dtype == np.float32
     np.testing.assert_array_equal(x, there[path].astype(dtype).astype(np.float32))
+
+
+def test_a_bias_by_its_older_name(published, capsys):
+  """Of an encoder with an output table of its own."""
+  directory = published('bert untied')
+  there = flat(huggingface.load(directory)[1])
+  change(directory, harmed('cls.predictions.bias', lambda x: x + 1))
+  np.testing.assert_array_equal(
+    flat(huggingface.load(directory)[1])['head/bias'], there['head/bias']
+  )
+  change(directory, lambda a: {k: x for k, x in a.items() if 'decoder.bias' not in k})
+  found = flat(huggingface.load(directory)[1])['head/bias']
+  np.testing.assert_array_equal(found, there['head/bias'] + 1)
+  assert capsys.readouterr().err == ''
 
 
 def test_several_files_and_names_without_a_prefix(published):
@@ -230,15 +271,66 @@ MISTAKES = {
   'absurdly wide': (lambda d: said(d, n_embd=1 << 40), 'dim = 1099511627776'),
   'no number': (lambda d: said(d, n_head='two'), 'n_head|heads'),
   'no width': (lambda d: said(d, n_embd=None, n_inner=None), 'of the wrong kind'),
-  'no vocabulary': (lambda d: said(d, vocab_size=None), 'vocab_size = None'),
+  'no vocabulary': (lambda d: said(d, vocab_size=None), 'config.json: vocab_size = None'),
+  'an empty vocabulary': (lambda d: said(d, vocab_size=0), 'config.json: vocab_size = 0'),
   'another activation': (lambda d: said(d, activation_function='mish'), '"mish" is none of gelu'),
   'another attention': (
     lambda d: said(d, scale_attn_by_inverse_layer_idx=True),
     'scale_attn_by_inverse_layer_idx = true, and only false',
   ),
+  'a window': (lambda d: said(d, sliding_window=4096), 'sliding_window = 4096, and only null'),
+  'quantized': (
+    lambda d: said(d, quantization_config={'bits': 4, 'names': ['x'] * 999}),
+    'quantization_config = {"bits": 4',
+  ),
+  'both ways': (lambda d: said(d, is_causal=False), 'is_causal = false, and only true'),
+  'an encoder too': (lambda d: said(d, is_encoder_decoder=True), 'is_encoder_decoder = true'),
+  'no epsilon': (lambda d: said(d, layer_norm_epsilon='small'), 'of the wrong kind'),
+  'an absurd epsilon': (lambda d: said(d, layer_norm_epsilon=10**400), 'of the wrong kind'),
   'another vocabulary': (lambda d: said(d, vocab_size=99), 'wte.weight is'),
   'damaged config': (lambda d: (d / 'config.json').write_bytes(b'{'), 'is damaged'),
 }
+
+
+MISTAKES_OF_OTHERS = [  # a kind, what its config says, what is said to that
+  ('bert', {'position_embedding_type': 'relative_key'}, 'position_embedding_type = "relative_key"'),
+  ('bert', {'is_decoder': True}, 'is_decoder = true'),
+  ('bert', {'type_vocab_size': 3}, 'type_vocab_size = 3'),
+  ('bert', {'hidden_act': 'gelu_new'}, 'hidden_act = "gelu_new"'),
+  ('roberta', {'position_embedding_type': 'relative_key_query'}, 'position_embedding_type'),
+  ('roberta', {'pad_token_id': 0}, 'pad_token_id = 0, and only 1'),
+  ('llama', {'head_dim': 3}, 'head_dim = 3 is not hidden_size / num_attention_heads'),
+  ('llama', {'head_dim': None, 'num_attention_heads': 3}, 'head_dim = 5 is not hidden_size'),
+  ('llama', {'mlp_bias': True}, 'attention_bias and mlp_bias differ'),
+  ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling of type "linear"'),
+  ('llama', {'rope_scaling': {'rope_type': 'llama3'}}, 'rope_scaling of type "llama3"'),
+  ('llama', {'rope_parameters': {'rope_type': 'yarn'}}, 'rope_parameters of type "yarn"'),
+  ('llama', {'rope_parameters': {'full_attention': {}}}, 'rope_parameters with "full_attention"'),
+  ('llama', {'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor = 0.5'),
+  ('llama', {'rope_parameters': 'linear'}, 'rope_parameters is no object'),
+  ('llama', {'rope_parameters': {'rope_theta': 'x'}}, 'of the wrong kind'),
+  ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'),
+]
+
+
+@pytest.mark.parametrize(('kind', 'changes', 'words'), MISTAKES_OF_OTHERS)
+def test_what_ours_cannot_do_is_refused_by_name(published, kind, changes, words):
+  directory = published(kind)
+  said(directory, **changes)
+  with pytest.raises(UserError, match=re.escape(words)):
+    huggingface.load(directory)
+
+
+def test_what_is_not_kept_of_a_config_is_said(published, capsys):
+  directory = published()
+  said(directory, embd_pdrop=0.3, resid_pdrop=0.2, auto_map={'x': 'y'}, router=None, use_cache=True)
+  model, _, _ = huggingface.load(directory)
+  assert model.core.dropout == 0.2
+  assert capsys.readouterr().err.splitlines() == [
+    'lmjax: config.json: embd_pdrop = 0.3 is not kept: a run trains with resid_pdrop = 0.2 on '
+    'embeddings too',
+    f'lmjax: {directory}/config.json also says auto_map, which is not read here',
+  ]
 
 
 def said(directory, **changes):

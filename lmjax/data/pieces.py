@@ -41,12 +41,14 @@ class Tokenizer:
 
   Attributes: `name`, a key of KINDS; `vocab_size`, V; the special ids `pad, unk, cls, sep, mask`
   (None where a loaded vocabulary has none), `bos` = cls, `eos` = sep; `special` (V,), ids that are
-  no text; `starts_word` (V,), ids that begin a word (special ones do); `lossless`, whether decode
-  gives back any Unicode text; `fingerprint`, 16 hex digits over all that decides the ids.
+  no text; `starts_word` (V,), ids that begin a word (special ones do); `opening`, ids that a
+  published one puts before every text, though `encode` does not; `lossless`, whether decode gives
+  back any Unicode text; `fingerprint`, 16 hex digits over all that decides the ids.
   """
 
   name: str
   lossless: bool = False
+  opening: Sequence[int] = ()
   encode: Callable[[str], list[int]]
   _join: Callable[[list[int]], str]
 
@@ -212,7 +214,7 @@ class Bytes(Characters):
 class Published(Tokenizer):
   """What a tokenizer.json of the `tokenizers` library says, id for id.
 
-  Its templates add nothing here.  The special ids are known by their usual names.
+  `encode` adds nothing of its templates.  The special ids are known by their usual names.
   """
 
   name = 'published'
@@ -241,6 +243,8 @@ class Published(Tokenizer):
     special = [i for i, token in t.get_added_tokens_decoder().items() if token.special]
     self.special[special] = self.starts_word[special] = True
     self.lossless = self.decode(self.encode(PROBE)) == PROBE
+    full = t.encode(PROBE)
+    self.opening = full.ids[: full.sequence_ids.index(0)] if 0 in full.sequence_ids else ()
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(streams.valid(text), add_special_tokens=False).ids

@@ -55,9 +55,10 @@ def load(path: str | os.PathLike) -> tuple[nn.Module, Any, Tokenizer | None]:
   """(model, params, tokenizer) of a directory with config.json and safetensors.
 
   model.apply({'params': params}, tokens_BL, method='logits') gives the logits [B, L, V] in float32.
-  An encoder's methods `encode`, `logits` and `pooled` also take segments_BL (0 is padding) and
-  types_BL; a decoder's `encode` and `logits` take segments_BL and positions_BL.  The tokenizer is
-  None where the directory has none.  What is missing or surplus is said.
+  An encoder's methods `encode`, `logits` and `pooled` also take segments_BL (0 is padding, which
+  follows the text) and types_BL; a decoder's `encode` and `logits` take segments_BL and
+  positions_BL.  The tokenizer is None where the directory has none.  What is missing or surplus is
+  said.
 
   Raises:
     UserError: there is none, of an architecture not known here, or its arrays are others.
@@ -83,10 +84,18 @@ def _open(path: str | os.PathLike) -> Source:
   vocab_size = about.get('vocab_size')
   if not isinstance(vocab_size, int) or vocab_size < 1:
     raise UserError(f'{directory}/config.json: vocab_size = {vocab_size}')
+  asked = weights.Asked(about)
+  weights.refuse(
+    asked, {'is_encoder_decoder': False, 'quantization_config': None, 'sliding_window': None}
+  )
   try:
-    settings = architecture.settings(about, files.__contains__)
-  except (TypeError, ZeroDivisionError) as e:
+    settings = architecture.settings(asked, files.__contains__)
+  except UserError:
+    raise
+  except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(f'{directory}/config.json: a value is of the wrong kind ({e})') from e
+  if odd := asked.unread():
+    say(f'{directory}/config.json also says {_some(odd)}, which is not read here')
   return Source(directory, architecture, settings, vocab_size, files)
 
 
@@ -224,7 +233,7 @@ def from_workdir(
   scratch = epath.Path(f'{directory}.{uuid.uuid4().hex[:8]}.tmp')
   scratch.mkdir(parents=True)
   weights.write(scratch, {full(name): x for name, x in arrays.items()})
-  if not tokens.write(t, scratch):
+  if not tokens.write(t, scratch, types=about.get('type_vocab_size', 0) > 1):
     say(f'`transformers` has no tokenizer like "{t.name}": none is written')
   jsonio.write(scratch / 'config.json', {**about, 'dtype': 'float32'})
   scratch.rename(directory)

@@ -10,7 +10,8 @@ from lmjax.huggingface.weights import Weight, modules, refuse
 PREFIX, HEADS = 'bert.', ('cls.',)
 OPTIONAL = ('transform', 'head/', 'classifier/')
 # The output layer is the table again, and its bias has two names.
-SURPLUS = r'embeddings\.position_ids|cls\.predictions\.decoder\.(bias|weight)'
+SURPLUS = r'embeddings\.position_ids|cls\.predictions\.(bias|decoder\.(bias|weight))'
+_BIAS, _OWN_BIAS = 'cls.predictions.bias', 'cls.predictions.decoder.bias'
 
 
 def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
@@ -66,7 +67,10 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
     Weight('embed/table', 'embeddings.word_embeddings.weight'),
     Weight('core/position/embed/table', 'embeddings.position_embeddings.weight'),
     Weight('types/table', 'embeddings.token_type_embeddings.weight'),
-    Weight('head/bias', 'cls.predictions.bias'),
+    # A table of its own has a bias of its own; files of older versions have it by the first name.
+    Weight('head/bias', _BIAS)
+    if objective['tied']
+    else Weight('head/bias', _OWN_BIAS, other=_BIAS),
     Weight('head/table/table', 'cls.predictions.decoder.weight'),
   ]
   layer, blocks = 'encoder.layer.{}.', 'core/blocks/'
@@ -93,6 +97,8 @@ def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.nd
 
 
 def complete(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A model without types has zeros for them."""
+  """A model without types has zeros for them; the bias is written by both its names."""
   dim = arrays['embeddings.word_embeddings.weight'].shape[1]
+  if _OWN_BIAS in arrays:
+    arrays = {_BIAS: arrays[_OWN_BIAS], **arrays}
   return {'embeddings.token_type_embeddings.weight': np.zeros((2, dim), np.float32), **arrays}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.huggingface.weights import Weight, activation, modules, refuse
+from lmjax.terminal import say
 
 PREFIX, HEADS = 'transformer.', ('lm_head.',)
 OPTIONAL = ('head/',)
@@ -16,22 +17,32 @@ _ACTIVATIONS = {
   'gelu': 'gelu',
   'relu': 'relu',
 }
+_ALSO = {  # names that `transformers` reads as well, and these go first
+  **{'n_layer': 'num_hidden_layers', 'n_embd': 'hidden_size', 'n_head': 'num_attention_heads'},
+  'n_positions': 'max_position_embeddings',
+}
 
 
 def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
   """What of our config follows from theirs."""
   refuse(c, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
-  refuse(c, {'add_cross_attention': False})
-  ffn = activation(c.get('activation_function', 'gelu_new'), _ACTIVATIONS)
-  dim = c.get('n_embd', 768)
+  refuse(c, {'add_cross_attention': False, 'is_causal': True})
+  c.get('reorder_and_upcast_attn')  # another order of the same product, which float32 does not need
+  size = lambda key, default: c.get(_ALSO[key], c.get(key, default))
+  name = c.get('activation_function', 'gelu_new')
+  ffn, dim = activation('config.json: activation_function', name, _ACTIVATIONS), size('n_embd', 768)
+  dropout, of_embeddings = c.get('resid_pdrop', 0.1), c.get('embd_pdrop', 0.1)
+  if dropout != of_embeddings:
+    why = f'a run trains with resid_pdrop = {dropout} on embeddings too'
+    say(f'config.json: embd_pdrop = {of_embeddings} is not kept: {why}')
   return {
     'objective': {'name': 'clm', 'tied': c.get('tie_word_embeddings', True)},
     'model': {
-      **{'depth': c.get('n_layer', 12), 'dim': dim, 'heads': c.get('n_head', 12)},
-      **{'ffn_dim': c.get('n_inner') or 4 * dim, 'max_length': c.get('n_positions', 1024)},
+      **{'depth': size('n_layer', 12), 'dim': dim, 'heads': size('n_head', 12)},
+      **{'ffn_dim': c.get('n_inner') or 4 * dim, 'max_length': size('n_positions', 1024)},
       **{'positions': 'learned', 'ffn': ffn, 'initializer': 'gpt2'},
       'norm_epsilon': float(c.get('layer_norm_epsilon', 1e-5)),
-      'dropout': float(c.get('resid_pdrop', 0.1)),
+      'dropout': float(dropout),
       'attention_dropout': float(c.get('attn_pdrop', 0.1)),
     },
   }
@@ -44,7 +55,7 @@ def published(objective: Mapping[str, Any], model: Mapping[str, Any]) -> dict[st
     **{'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel']},
     **{'n_layer': model['depth'], 'n_embd': model['dim'], 'n_head': model['heads']},
     **{'n_inner': model['ffn_dim'], 'n_positions': model['max_length']},
-    'activation_function': activation(model['ffn'], names),
+    'activation_function': activation('model.ffn', model['ffn'], names),
     'layer_norm_epsilon': model['norm_epsilon'],
     **dict.fromkeys(('resid_pdrop', 'embd_pdrop'), model['dropout']),
     'attn_pdrop': model['attention_dropout'],

@@ -15,13 +15,11 @@ SURPLUS = r'.*rotary_emb\.inv_freq|lm_head\.weight'
 
 def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
   """What of our config follows from theirs."""
-  refuse(c, {'hidden_act': 'silu', 'partial_rotary_factor': 1.0})
-  rope = c.get('rope_parameters') or c.get('rope_scaling') or {}
-  if (kind := rope.get('rope_type') or rope.get('type') or 'default') != 'default':
-    raise UserError(f'config.json: rotary positions of type "{kind}" are not known here')
+  refuse(c, {'hidden_act': 'silu', 'partial_rotary_factor': 1.0, 'is_causal': True})
+  base = _rotary_base(c)
   dim, heads = c.get('hidden_size', 4096), c.get('num_attention_heads', 32)
-  if (c.get('head_dim') or dim // heads) * heads != dim:
-    raise UserError(f'config.json: head_dim = {c["head_dim"]} is not hidden_size / heads')
+  if (head_dim := c.get('head_dim') or dim // heads) * heads != dim:
+    raise UserError(f'config.json: head_dim = {head_dim} is not hidden_size / num_attention_heads')
   if c.get('attention_bias', False) != c.get('mlp_bias', False):
     raise UserError(
       'config.json: attention_bias and mlp_bias differ, and here all have one or none'
@@ -34,12 +32,28 @@ def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict
       'ffn_dim': c.get('intermediate_size', 11008),
       'max_length': c.get('max_position_embeddings', 2048),
       **{'positions': 'rotary', 'ffn': 'swiglu', 'norm': 'rmsnorm', 'initializer': 'gpt2'},
-      'rotary_base': float(rope.get('rope_theta') or c.get('rope_theta') or 10_000.0),
+      'rotary_base': base,
       'norm_epsilon': float(c.get('rms_norm_eps', 1e-6)),
       'bias': c.get('attention_bias', False),
       'attention_dropout': float(c.get('attention_dropout', 0.0)),
     },
   }
+
+
+def _rotary_base(c: Mapping[str, Any]) -> float:
+  key, also = 'rope_scaling', c.get('rope_parameters')
+  rope = c.get(key)
+  if not rope:  # the older name goes first, as in `transformers`
+    key, rope = 'rope_parameters', also or {}
+  if not isinstance(rope, dict):
+    raise UserError(f'config.json: {key} is no object')
+  if (kind := rope.get('rope_type') or rope.get('type') or 'default') != 'default':
+    raise UserError(f'config.json: {key} of type "{kind}", and only "default" is known here')
+  refuse(rope, {'partial_rotary_factor': 1.0})
+  if odd := sorted(rope.keys() - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}):
+    raise UserError(f'config.json: {key} with "{odd[0]}" is not known here')
+  given = c.get('rope_theta')
+  return float(rope.get('rope_theta') or given or 10_000.0)
 
 
 def published(objective: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

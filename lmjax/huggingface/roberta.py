@@ -9,7 +9,8 @@ from lmjax.huggingface.weights import Weight, modules, refuse
 
 PREFIX, HEADS = 'roberta.', ('lm_head.',)
 OPTIONAL = ('transform', 'head/')
-SURPLUS = r'embeddings\.(position_ids|token_type_embeddings\.weight)|lm_head\.decoder\..*'
+SURPLUS = r'embeddings\.(position_ids|token_type_embeddings\.weight)|lm_head\.(bias|decoder\..*)'
+_BIAS, _OWN_BIAS = 'lm_head.bias', 'lm_head.decoder.bias'
 FIRST = 2  # position: that of the padding, 1, and one more
 _TYPES, _POSITIONS = (f'embeddings.{x}_embeddings.weight' for x in ('token_type', 'position'))
 
@@ -17,17 +18,18 @@ _TYPES, _POSITIONS = (f'embeddings.{x}_embeddings.weight' for x in ('token_type'
 def settings(c: Mapping[str, Any], has: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
   """What of our config follows from theirs."""
   refuse(c, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'is_decoder': False})
-  refuse(c, {'type_vocab_size': 1, 'pad_token_id': FIRST - 1, 'add_cross_attention': False})
+  refuse(c, {'pad_token_id': FIRST - 1, 'add_cross_attention': False})
+  refuse({'type_vocab_size': c.get('type_vocab_size', 2)}, {'type_vocab_size': 1})
   return {
     'objective': {'name': 'mlm', 'tied': c.get('tie_word_embeddings', True)},
     'model': {
       **{'depth': c.get('num_hidden_layers', 12), 'dim': c.get('hidden_size', 768)},
       'heads': c.get('num_attention_heads', 12),
       'ffn_dim': c.get('intermediate_size', 3072),
-      'max_length': c.get('max_position_embeddings', 514) - FIRST,
+      'max_length': c.get('max_position_embeddings', 512) - FIRST,
       **KNOWN['model'],
       'initializer': 'bert',
-      'norm_epsilon': float(c.get('layer_norm_eps', 1e-5)),
+      'norm_epsilon': float(c.get('layer_norm_eps', 1e-12)),
       'dropout': float(c.get('hidden_dropout_prob', 0.1)),
       'attention_dropout': float(c.get('attention_probs_dropout_prob', 0.1)),
     },
@@ -62,7 +64,10 @@ def weights(objective: Mapping[str, Any], model: Mapping[str, Any]) -> list[Weig
   found = [
     Weight('embed/table', 'embeddings.word_embeddings.weight'),
     Weight('core/position/embed/table', _POSITIONS, skip=FIRST),
-    Weight('head/bias', 'lm_head.bias'),
+    # A table of its own has a bias of its own; files of older versions have it by the first name.
+    Weight('head/bias', _BIAS)
+    if objective['tied']
+    else Weight('head/bias', _OWN_BIAS, other=_BIAS),
     Weight('head/table/table', 'lm_head.decoder.weight'),
   ]
   layer, blocks = 'encoder.layer.{}.', 'core/blocks/'
@@ -88,5 +93,8 @@ def adjust(name: str, x: np.ndarray, read: Callable[[str], np.ndarray]) -> np.nd
 
 
 def complete(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """With zeros for the types; the bias is written by both its names."""
   dim = arrays['embeddings.word_embeddings.weight'].shape[1]
+  if _OWN_BIAS in arrays:
+    arrays = {_BIAS: arrays[_OWN_BIAS], **arrays}
   return {_TYPES: np.zeros((1, dim), np.float32), **arrays}

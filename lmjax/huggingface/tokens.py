@@ -47,7 +47,7 @@ def _find(directory: epath.Path, vocab_size: int) -> Tokenizer | None:
 def _wordpiece(directory: epath.Path) -> bytes:
   """BERT's, as `transformers` makes it of a vocab.txt."""
   from tokenizers import Tokenizer as Made
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
+  from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
   about = directory / 'tokenizer_config.json'
   options = jsonio.read(about) if about.exists() else {}
@@ -61,19 +61,26 @@ def _wordpiece(directory: epath.Path) -> bytes:
   )
   made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   made.decoder = decoders.WordPiece()
+  if all(piece in ids for piece in ('[CLS]', '[SEP]')):
+    made.post_processor = processors.BertProcessing(
+      ('[SEP]', ids['[SEP]']), ('[CLS]', ids['[CLS]'])
+    )
   return _special(made, ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'))
 
 
 def _byte_pairs(vocabulary: epath.Path, merges: epath.Path) -> bytes:
   """GPT-2's and RoBERTa's."""
   from tokenizers import Tokenizer as Made
-  from tokenizers import decoders, models, pre_tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, processors
 
   lines = jsonio.read_bytes(merges).decode().split('\n')
   pairs = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
   made = Made(models.BPE(jsonio.read(vocabulary), pairs))
   made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = decoders.ByteLevel()
+  cls, sep, mask = ((name, made.token_to_id(name)) for name in ('<s>', '</s>', '<mask>'))
+  if all(id_ is not None for _, id_ in (cls, sep, mask)):  # RoBERTa's
+    made.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=False)
   return _special(made, ('<s>', '<pad>', '</s>', '<unk>', '<mask>', '<|endoftext|>'))
 
 
@@ -82,13 +89,18 @@ def _special(made: Any, names: tuple[str, ...]) -> bytes:
   return made.to_str().encode()
 
 
-def write(tokenizer: Tokenizer, directory: epath.Path) -> bool:
-  """Writes it as `transformers` reads it; False where it has no such form."""
+def write(tokenizer: Tokenizer, directory: epath.Path, types: bool = False) -> bool:
+  """Writes it as `transformers` reads it; False where it has no such form.
+
+  With `types` it also says which half of a pair a token is of.
+  """
   about: dict[str, Any] = {
     f'{role}_token': tokenizer.pieces[i]
     for role in ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos')
     if (i := getattr(tokenizer, role)) is not None
   }
+  halves = ['token_type_ids'] if types else []
+  about['model_input_names'] = ['input_ids', *halves, 'attention_mask']
   if isinstance(tokenizer, Published):
     (directory / 'tokenizer.json').write_bytes(tokenizer.model)
     about['tokenizer_class'] = 'PreTrainedTokenizerFast'

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,17 @@ from lmjax.errors import StorageError, UserError
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 _NUMBERS = ('float32', 'float16', 'bfloat16', 'float64')
+IDLE = frozenset(  # keys of a published config that change no number here
+  """
+  _name_or_path architectures bos_token_id chunk_size_feed_forward classifier_dropout
+  directionality dtype eos_token_id finetuning_task gradient_checkpointing id2label
+  initializer_range label2id model_type n_ctx output_attentions output_hidden_states output_past
+  pad_token_id pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+  pooler_type pretraining_tp problem_type return_dict summary_activation summary_first_dropout
+  summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
+  transformers_version use_cache vocab_size
+  """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Weight:
   transposed: theirs is [outputs, inputs].
   part: (i, n): ours is the i-th of n equal parts of theirs, along the outputs.
   skip: so many rows at the beginning of theirs are none of ours.
+  other: what it is called where the name is not there.
   """
 
   ours: str
@@ -38,6 +50,7 @@ class Weight:
   transposed: bool = False
   part: tuple[int, int] = (0, 1)
   skip: int = 0
+  other: str = ''
 
   def name(self, layer: int) -> str:
     return self.theirs.format(layer)
@@ -127,6 +140,8 @@ def taken(
     weight = by_path[path]
     layers = range(shape[0]) if weight.layered else range(1)
     names = [weight.name(layer) for layer in layers]
+    if weight.other in files and names[0] not in files:
+      names = [weight.other]
     lacking = [name for name in names if name not in files]
     read |= set(names) - set(lacking)
     if lacking:
@@ -187,14 +202,38 @@ def write(directory: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
   import safetensors.numpy
 
   try:
+    (directory / SINGLE).touch()
+    mode = os.stat(directory / SINGLE).st_mode
     safetensors.numpy.save_file(dict(arrays), directory / SINGLE, metadata={'format': 'pt'})
+    os.chmod(directory / SINGLE, mode)  # theirs is for its owner alone
   except (OSError, safetensors.SafetensorError) as e:
     raise StorageError(f'{directory / SINGLE} cannot be written: {e}') from e
 
 
-def activation(name: str, known: Mapping[str, str]) -> str:
+class Asked(Mapping[str, Any]):
+  """A published config, and which of its keys somebody has asked for: `asked`."""
+
+  def __init__(self, config: Mapping[str, Any]):
+    self._config, self.asked = config, set()
+
+  def __getitem__(self, key: str) -> Any:
+    self.asked.add(key)
+    return self._config[key]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._config)
+
+  def __len__(self) -> int:
+    return len(self._config)
+
+  def unread(self) -> list[str]:
+    """Keys that say something, which nobody has asked for and which are not idle."""
+    return sorted(key for key in self._config.keys() - self.asked - IDLE if self._config[key])
+
+
+def activation(key: str, name: str, known: Mapping[str, str]) -> str:
   if name not in known:
-    raise UserError(f'the activation "{name}" is none of {", ".join(known)}')
+    raise UserError(f'{key} = "{name}" is none of {", ".join(known)}')
   return known[name]
 
 
@@ -202,5 +241,5 @@ def refuse(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Raises a UserError where a published config asks for what ours cannot do."""
   for key, value in wanted.items():
     if config.get(key, value) != value:
-      asked = json.dumps(config[key])
+      asked = json.dumps(config[key])[:80]
       raise UserError(f'config.json: {key} = {asked}, and only {json.dumps(value)} is known here')

@@ -245,7 +245,8 @@ class MaskedLM(nn.Module):
   ) -> jax.Array:
     """Contextual vectors [B, L, D].
 
-    Without segments_BL there is no padding; without types_BL all is of the first type.
+    Without segments_BL there is no padding, which is else at the end of a row; without types_BL all
+    is of the first type.
     """
     o, x_BLD, mask = self.objective, self.embed(tokens_BL), Mask(causal=False)
     if o.pairs or o.types:

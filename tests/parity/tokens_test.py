@@ -60,6 +60,52 @@ def test_ids(theirs, tmp_path):
       assert getattr(ours, role) in (id_, 0 if role in ('cls', 'sep') else None)
 
 
+def test_what_is_written_has_their_ends(theirs, tmp_path):
+  """[CLS] and [SEP], and which half of a pair a token is of."""
+  tokenizer, directory, size = theirs
+  types = 'token_type_ids' in tokenizer.model_input_names
+  tokenizer.save_pretrained(tmp_path / 'theirs')
+  for i, place in enumerate((directory, tmp_path / 'theirs')):
+    at = tmp_path / f'ours{i}'
+    at.mkdir()
+    assert tokens.write(tokens.find(place, size), at, types)
+    again = transformers.AutoTokenizer.from_pretrained(at)
+    assert dict(again('The river', 'and a boat')) == dict(tokenizer('The river', 'and a boat'))
+    assert dict(again('The river')) == dict(tokenizer('The river'))
+
+
+ENDS = {  # what a template adds
+  'nothing': ('$A', '$A $B:1'),
+  'bos': ('<s> $A', '<s> $A <s>:1 $B:1'),
+  'both': ('<s> $A </s>', '<s> $A </s> <s>:1 $B:1 </s>:1'),
+}
+OPTIONS = [{}, {'add_bos_token': True}, {'add_bos_token': False, 'add_eos_token': True}]
+
+
+@pytest.mark.parametrize('ends', ENDS)
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_what_opens_a_text(tmp_path, ends, options):
+  """The template says it, whatever the options beside it say."""
+  ids = {'<s>': 0, '</s>': 1, 'a': 2, 'b': 3, '<unk>': 4}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token='<unk>'))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.add_special_tokens(['<s>', '</s>'])
+  single, pair = ENDS[ends]
+  special = [('<s>', 0), ('</s>', 1)]
+  made.post_processor = tokenizers.processors.TemplateProcessing(single, pair, special)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  named = {'bos_token': '<s>', 'eos_token': '</s>'}
+  about = {'tokenizer_class': 'PreTrainedTokenizerFast', **named, **options}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
+  theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), tokens.find(tmp_path, 5)
+  assert [*ours.opening, 2, 3, *[1] * (ends == 'both')] == theirs('a b')['input_ids']
+  (tmp_path / 'again').mkdir()
+  tokens.write(ours, tmp_path / 'again')
+  again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'again')
+  for given in (('a b',), ('a b', 'a')):
+    assert again(*given)['input_ids'] == theirs(*given)['input_ids']
+
+
 def test_they_read_what_is_written(theirs, tmp_path):
   _, directory, size = theirs
   ours = tokens.find(directory, size)
