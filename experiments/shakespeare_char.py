@@ -10,6 +10,7 @@ python -m lmjax.main --config experiments/shakespeare_char.py:cpu --workdir /tmp
 Hardware: 2 CPU cores.  Time: 150 s.  Result: 1.772 nats a character of all the validation text.
 Published: 1.88 of 20 random batches (nanoGPT's README); its program beside ours had 1.886 of them,
 and 1.898 of all the text, in 172 s.
+Curve: training loss 3.286 after 100 steps, 2.212 after 500, 1.876 after 1000, 1.627 after 2000.
 
 python -m lmjax.main --config experiments/shakespeare_char.py:cpu_best --workdir /tmp/lmjax/best
 
