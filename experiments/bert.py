@@ -3,9 +3,17 @@
 python -m lmjax.main --config experiments/bert.py:base --workdir gs://BUCKET/bert_base
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+
 The recipe is the paper's Appendix A.2 in one phase of 512 tokens; the small ones are those of Turc
 et al., 2019.  Pairs are drawn once and masks anew in every epoch.  The paper's dropout of attention
 weights keeps kernels out; --config.model.attention_dropout=0 lets them in.
+
+python tests/benchmarks/bert_instances.py --peer DIR --vocab vocab.txt --data FILES --first 1000
+
+Hardware: 2 shared CPU cores, busy with other work.  Time: 4 CPU minutes, of which its program 3.
+Result: of six novels 82,425 instances, random next 0.545, 113.4 tokens, 16.74 predictions.
+Published: by google-research/bert's program, which is the recipe, run on the same text, 82,516,
+0.545, 113.3, 16.85: it counts [CLS] and [SEP] among the tokens of which 15 % are predicted.
 """
 
 from lmjax import config

@@ -3,6 +3,7 @@
 python -m lmjax.main --config experiments/gpt2.py:small --workdir gs://BUCKET/gpt2_small
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+
 The batch is nanoGPT's half million tokens; the schedule its 600,000 steps.
 """
 

@@ -3,6 +3,7 @@
 python -m lmjax.main --config experiments/gpt_1b.py --workdir gs://BUCKET/gpt_1b
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+
 Rotary positions, RMSNorm, SwiGLU, four key-value heads, no biases; 21 billion tokens, twenty for
 each parameter (Hoffmann et al., 2022).
 """

@@ -3,6 +3,7 @@
 python -m lmjax.main --config experiments/gpt_7b.py --workdir gs://BUCKET/gpt_7b
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+
 Rotary positions, RMSNorm, SwiGLU, eight key-value heads, no biases; 147 billion tokens of web text,
 twenty for each parameter (Hoffmann et al., 2022).
 """

@@ -3,6 +3,7 @@
 python -m lmjax.main --config experiments/roberta.py:base --workdir gs://BUCKET/roberta_base
 
 Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+
 Full sentences, no sentence pairs, new masks in every epoch, large batches.
 """
 

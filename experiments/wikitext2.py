@@ -1,0 +1,38 @@
+"""Words of WikiText-2 (Merity et al., 2017): the small Transformer of penn_treebank.py.
+
+python -m lmjax.main --config experiments/wikitext2.py --workdir /tmp/lmjax/wikitext2
+
+Hardware: TOPOLOGIES.  Time: not yet run.  Result: not yet run.
+Published: test perplexity 65.8 (AWD-LSTM; Merity et al., 2018).
+
+(117.61, 110.44 and 87.17, which pytorch/examples once gave, are its figures of the Penn Treebank.)
+
+Its files have a line a paragraph, and blank ones, which count: the end of every line is a word of
+the 33,278, and so is written down, here of the training text (the same of valid and test):
+
+  sed 's/$/ <eos>/' wiki.train.tokens > wiki.train.eos
+
+wiki2.json is made of wiki.train.eos as penn_treebank.py makes ptb.json, and has one token more,
+which ends the file.  The targets are 217,646 and 245,569 then, as in the literature, with that end
+for the first word, and eval/test/perplexity is a word's.  With any lossless tokenizer of subwords,
+on the files as they are, a word's perplexity is 2 ** (eval/test/bits_per_byte * bytes / 245_569),
+where `bytes` are those of wiki.test.tokens.
+"""
+
+from lmjax import config
+
+TOPOLOGIES = {'h100:1': {}, 'cpu:1': {}}
+
+
+def get_config():
+  c = config.base(objective='clm', tokenizer='published')
+  c.steps, c.batch, c.length = 10_000, 32, 128  # twenty epochs
+  c.data.train = 'wiki.train.eos'
+  c.data.eval = {'validation': 'wiki.valid.eos', 'test': 'wiki.test.eos'}
+  c.tokenizer.update(path='wiki2.json', vocab_size=33_279)
+  c.model.update(depth=4, dim=256, heads=4, positions='rotary', dropout=0.4)
+  c.optimizer.update(name='muon', lr=2e-2, warmup_steps=200, clip=1.0)
+  c.optimizer.args = {'adam_learning_rate': 5e-3}
+  c.evaluate.every = c.checkpoint.every = 500
+  c.checkpoint.keep_best = 'eval/validation/loss'
+  return c
