@@ -2,9 +2,9 @@
 
 python tests/benchmarks/mutations.py [--only WORD] [--markdown]
 
-Each is one edit of the source, in a copy of it.  First the oracles are tried on the experiment that
-it belongs to, and then, where they all hold, the tests of one file.  --only takes those with this
-word in their names; --markdown prints the table of README.md beside this script.
+Each is one edit of the source, in a copy of it.  First the oracles are tried on the experiment it
+belongs to, of which all hold without the bug, and then, where they all hold with it, the tests of a
+file.  --only takes those with this word in their names; --markdown prints the table of README.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 EXPERIMENT = """from lmjax import config
 def get_config(name):
   c = config.base(objective='clm' if 'gpt' in name else 'mlm', tokenizer='bytes')
-  c.model.update(depth=2, dim=32, heads=4, dropout=0.1 if name == 'bert' else 0.0)
+  c.model.update(depth=2, dim=32, heads=4, scan=False)
   c.length = 64
   if name == 'gpt':
     c.optimizer.weight_decay, c.sharding.strategy = 0.1, 'fsdp'
@@ -30,6 +30,7 @@ def get_config(name):
     c.objective.separate_documents = True
   else:
     c.objective.next_sentence = True
+    c.model.update(dropout=0.1, attention_dropout=0.1)
     c.model.norm_position = 'post'
   return c
 """
@@ -108,6 +109,18 @@ BUGS = {
     'types[row, place + n_a : place + n] = 0',
     'bert',
     'mlm',
+  ),
+  'all that is predicted is masked': Bug(
+    'objectives/mlm.py', '(o.mask_share, o.random_share)', '(1.0, 0.0)', 'bert'
+  ),
+  'documents are not told apart': Bug(
+    'data/pack.py',
+    '1 + np.cumsum(opens, axis=1)',
+    '1 + 0 * np.cumsum(opens, axis=1)',
+    'gpt_documents',
+  ),
+  'attention drops nothing': Bug(
+    'models/attention.py', 'if self.dropout and train else None', 'if False else None', 'bert'
   ),
   'positions do not begin anew': Bug(
     'data/pack.py', '(places - first).astype', '(places + 0 * first).astype', 'gpt_documents'
@@ -240,8 +253,8 @@ def caught(bug: Bug, scratch: pathlib.Path) -> str:
   got = run('lmjax.check', f'--config={scratch}/experiment.py:{bug.experiment}')
   failed = re.findall(r'^FAILS  (\w+)', got.stdout, re.M)
   if got.returncode:
-    crash = [got.stderr.strip().splitlines()[-1][:90]] if not failed else []
-    return ', '.join(f'`{name}`' for name in failed) or f'`check` ends: {crash[0]}'
+    ends = f'ends with {got.stderr.strip().splitlines()[-1].partition(":")[0]}'
+    return ', '.join(f'`{name}`' for name in failed) or ends
   if not bug.test:
     return ''
   for name in ('tests', 'experiments', 'setup.cfg', 'pyproject.toml', 'README.md'):
@@ -261,6 +274,11 @@ def main() -> None:
   parser.add_argument('--markdown', action='store_true')
   asked = parser.parse_args()
   found = {}
+  for experiment in sorted({bug.experiment for bug in BUGS.values()}):
+    with tempfile.TemporaryDirectory() as scratch:
+      nothing = Bug('step.py', '\n', '\n', experiment)
+      by = caught(nothing, pathlib.Path(scratch))
+    assert not by, f'without a bug, {experiment}: {by}'
   for name in (name for name in BUGS if asked.only in name):
     with tempfile.TemporaryDirectory() as scratch:
       found[name] = caught(BUGS[name], pathlib.Path(scratch))
