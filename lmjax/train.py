@@ -88,6 +88,8 @@ def _run(
   digests = parts.digests
   if (path / 'record.json').exists():
     record.check_data(path, digests)
+  for name in parts.stores:  # what is too short, or alone, is said before anything costs time
+    parts.examples(name)
   check_best(parts)
   if c['log']['sample']:
     generate.encode_prompt(parts, c['log']['sample'])

@@ -33,26 +33,19 @@ OTHERS = {
       'sharding.strategy': 'tensor',
     },
   ),
-  'packed pairs': (
+  'packed pairs with static spans': (
     'mlm',
     {
       'objective.sentence_order': True,
       'objective.pairs_per_row': 4,
       'objective.pair_length': 24,
-      'model.positions': 'relative',
-      'model.qk_norm': True,
-      'sharding.strategy': 'sequence',
-    },
-  ),
-  'static spans': (
-    'mlm',
-    {
       'objective.masking': 'span',
       'objective.dynamic': False,
-      'objective.dupe_factor': 3,
+      'objective.dupe_factor': 2,
+      'model.positions': 'relative',
+      'model.qk_norm': True,
       'model.initializer': 'fan_in',
-      'model.positions': 'sinusoidal',
-      'model.dropout': 0.1,
+      'sharding.strategy': 'sequence',
     },
   ),
 }
@@ -252,7 +245,6 @@ def test_an_oracle_sees_the_mistake(tiny, monkeypatch, name):
     found = oracle(twin.of(tiny(objective, **own)))
   assert found.holds is False, found
   assert found.meaning
-  assert oracle(twin.of(tiny(objective, **own))).holds, 'it fails without the mistake, too'
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 Weights are drawn wide: with the usual 0.02 a wrong GELU moves BERT's logits by no more than 1e-6.
 """
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,15 +71,18 @@ def widened(model):
   return model.eval()
 
 
-@pytest.fixture(scope='module', params=[(k, s) for k in KINDS for s in SIZES], ids=str)
-def pair(request, tmp_path_factory):
+def paired(kind: str, size: tuple[int, ...], path: pathlib.Path):
   """(kind, theirs, our model, our parameters, where theirs lies)."""
-  kind, size = request.param
-  theirs, path = widened(make(kind, size)), tmp_path_factory.mktemp('theirs')
+  theirs = widened(make(kind, size))
   theirs.save_pretrained(path, max_shard_size='20kB')
   model, params, tokenizer = huggingface.load(path)
   assert tokenizer is None
   return kind, theirs, model, params, path
+
+
+@pytest.fixture(scope='module', params=[(k, s) for k in KINDS for s in SIZES], ids=str)
+def pair(request, tmp_path_factory):
+  return paired(*request.param, tmp_path_factory.mktemp('theirs'))
 
 
 def inputs(model, kind: str) -> dict[str, np.ndarray]:
@@ -100,7 +105,8 @@ def of_theirs(theirs, given: dict[str, np.ndarray], **more):
   return theirs(**tensors, **more)
 
 
-def test_logits(pair):
+def outputs(pair) -> dict[str, tuple[jax.Array, np.ndarray]]:
+  """What a model says -> (ours, theirs), where there is no padding."""
   kind, theirs, model, params, _ = pair
   given = inputs(model, kind)
   with torch.no_grad():
@@ -108,22 +114,29 @@ def test_logits(pair):
   apply = lambda method: model.apply({'params': params}, **given, method=method)
   expected = out.prediction_logits if kind == 'bert' else out.logits
   real = given.get('segments_BL', np.ones_like(given['tokens_BL'])) > 0
-  close(apply('logits')[real], expected.numpy()[real])
-  close(apply('encode')[real], out.hidden_states[-1].numpy()[real])
+  found = {'logits': (apply('logits')[real], expected.numpy()[real])}
+  found['hidden'] = apply('encode')[real], out.hidden_states[-1].numpy()[real]
   if kind == 'bert':
     pooled, logits = apply('pooled')
-    close(logits, out.seq_relationship_logits.numpy())
     with torch.no_grad():
       hidden = of_theirs(theirs.bert, given)
-    close(pooled, hidden.pooler_output.numpy())
+    found['pooled'] = pooled, hidden.pooler_output.numpy()
+    found['classes'] = logits, out.seq_relationship_logits.numpy()
+  return found
 
 
-def close(ours: jax.Array, theirs: np.ndarray) -> None:
+def test_logits(pair):
+  for name, (ours, theirs) in outputs(pair).items():
+    close(ours, theirs, name)
+
+
+def close(ours: jax.Array, theirs: np.ndarray, name: str = 'logits') -> None:
   assert np.abs(theirs).max() > 0.1  # what is nearly nothing is close to anything
-  np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT, err_msg=name)
 
 
-def test_losses_and_gradients_of_every_parameter(pair):
+def gradients(pair) -> tuple[tuple[float, float], dict[str, tuple]]:
+  """((our loss, theirs), parameter -> (our gradient, theirs, what a difference is measured by))."""
   kind, theirs, model, params, _ = pair
   given = inputs(model, kind)
   rng = np.random.default_rng(1)
@@ -147,8 +160,7 @@ def test_losses_and_gradients_of_every_parameter(pair):
     total = cross_entropy(logits[chosen], targets[chosen])
     return total + cross_entropy(apply('pooled')[1], np.array([0, 1])) if kind == 'bert' else total
 
-  value, gradients = jax.value_and_grad(ours)(params)
-  assert float(value) == pytest.approx(loss.item(), rel=LIMIT)
+  value, found = jax.value_and_grad(ours)(params)
   named = dict(theirs.named_parameters())
   prefix = {'bert': 'bert.', 'gpt2': 'transformer.', 'llama': 'model.', 'roberta': 'roberta.'}
   by_name = {
@@ -156,7 +168,7 @@ def test_losses_and_gradients_of_every_parameter(pair):
     for name, p in named.items()
     if p.grad is not None
   }
-  flat = traverse_util.flatten_dict(gradients, sep='/')
+  flat = traverse_util.flatten_dict(found, sep='/')
   source = huggingface._open(pair[4])
   expected, missing, surplus = weights.taken(
     source.architecture.weights(source.settings['objective'], source.settings['model']),
@@ -166,14 +178,21 @@ def test_losses_and_gradients_of_every_parameter(pair):
   )
   assert (missing, [name for name in surplus if 'token_type' not in name]) == ([], [])
   largest = max(np.abs(x).max() for x in expected.values())
+  beside = {}
   for path, gradient in flat.items():
     scale = np.abs(expected[path]).max()
-    if (
-      'key/bias' in path
-    ):  # without rotation it moves all logits of a query alike, which is nothing
+    if 'key/bias' in path:  # without rotation it moves all logits of a query alike: nothing
       scale = max(scale, largest / 1000)
     assert scale > largest / 1e5, path
-    np.testing.assert_allclose(gradient, expected[path], rtol=0, atol=LIMIT * scale, err_msg=path)
+    beside[path] = gradient, expected[path], scale
+  return (float(value), loss.item()), beside
+
+
+def test_losses_and_gradients_of_every_parameter(pair):
+  losses, beside = gradients(pair)
+  assert losses[0] == pytest.approx(losses[1], rel=LIMIT)
+  for path, (ours, theirs, scale) in beside.items():
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT * scale, err_msg=path)
 
 
 class Arrays(dict):
