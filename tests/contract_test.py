@@ -152,3 +152,20 @@ def test_loss_ignores_what_weighs_nothing(parts, name):
       scrambled[key] = half[key]
   for term, mean in apply(params, half).items():
     assert mean.compute() == pytest.approx(apply(params, scrambled)[term].compute(), rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['clm', 'clm_untied_smooth', 'mlm', 'mlm_documents'])
+def test_logits_are_those_that_the_loss_is_of(parts, name):
+  """They are computed on ways of their own: the loss never has all of them in memory."""
+  experiment = make(parts, name)
+  params, batch = init(experiment)
+  noise = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: x + 0.3 * noise.standard_normal(x.shape).astype(x.dtype), params)
+  given = {f'{key}_BL': batch[key] for key in ('tokens', 'segments', 'positions') if key in batch}
+  logits = experiment.model.apply({'params': params}, **given, method='logits')
+  if 'places' in batch:
+    logits = jnp.take_along_axis(logits, batch['places'][..., None], axis=1)
+  right = jnp.take_along_axis(nn.log_softmax(logits), batch['targets'][..., None], axis=-1)[..., 0]
+  expected = -(right * batch['weights']).sum() / batch['weights'].sum()
+  _, metrics = experiment.model.apply({'params': params}, batch, train=False)
+  assert metrics['xent'].compute() == pytest.approx(float(expected), rel=1e-5)

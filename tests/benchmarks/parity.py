@@ -37,8 +37,11 @@ def row(kind: str, size: tuple[int, ...]) -> list[str]:
 
 
 def main() -> None:
-  rows = [HEAD, ['---'] * len(HEAD), *(row(k, s) for k in models.KINDS for s in models.SIZES)]
-  print('\n'.join(f'| {" | ".join(cells)} |' for cells in rows))
+  for cells in (HEAD, ['---'] * len(HEAD)):
+    print(f'| {" | ".join(cells)} |')
+  for kind in models.KINDS:
+    for size in models.SIZES:
+      print(f'| {" | ".join(row(kind, size))} |', flush=True)
 
 
 if __name__ == '__main__':
