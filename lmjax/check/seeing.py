@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.check.twin import Batch, Finding, Twin, there
+from lmjax.check.twin import Batch, Finding, Twin
 
 UNMOVED, MOVED = 1e-5, 1e-4  # relative changes of a loss; what is seen moves these by 1e-3 or more
 
@@ -143,7 +143,7 @@ def targets(twin: Twin) -> Finding:
 
     return jnp.exp(-jax.lax.map(nats, jnp.arange(twin.vocab_size))).sum()
 
-  with there(twin.mesh, twin.config['sharding']['strategy']):
+  with twin.here():
     totals = [float(total(twin.wide, row, at)) for at in real[[len(real) // 3, len(real) // 2]]]
   worst = max(totals, key=lambda total: abs(total - 1))
   return Finding(

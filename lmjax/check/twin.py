@@ -63,6 +63,9 @@ class Twin(experiment.Sketch):
   def mesh(self) -> jax.sharding.Mesh:
     return sharding.make_mesh(None, devices()[:1])
 
+  def here(self) -> contextlib.AbstractContextManager[None]:
+    return there(self.mesh, self.config['sharding']['strategy'])
+
   @functools.cached_property
   def batch(self) -> Batch:
     return loader.Loader(self.examples('train'), ROWS, self.config['seed']).batch(0)
@@ -71,7 +74,7 @@ class Twin(experiment.Sketch):
   def params(self) -> Any:
     """Those that a run would begin with, on the host."""
     init = jax.jit(lambda key: nn.unbox(self.init_params(key, self.batch)))
-    with there(self.mesh, self.config['sharding']['strategy']):
+    with self.here():
       return jax.device_get(init(jax.random.key(self.config['seed'])))
 
   @functools.cached_property
@@ -90,7 +93,7 @@ class Twin(experiment.Sketch):
 
   def totals(self, params: Any, batch: Batch, key: int = 0) -> tuple[dict[str, Any], ...]:
     """(loss terms, metrics) of an evaluation; the key is for noise that there should not be."""
-    with there(self.mesh, self.config['sharding']['strategy']):
+    with self.here():
       return jax.device_get(self._totals(params, batch, jax.random.key(key)))
 
   def loss(self, batch: Batch) -> float:
@@ -108,7 +111,7 @@ class Twin(experiment.Sketch):
     compiled = jax.jit(jax.value_and_grad(loss))
 
     def call(params, batch):
-      with there(self.mesh, self.config['sharding']['strategy']):
+      with self.here():
         return jax.device_get(compiled(params, batch))
 
     return call
