@@ -22,6 +22,12 @@ from lmjax.experiment import Experiment
 # What may differ when a run is taken up again: where and how it is computed, but not what.
 FREE = ('cache', 'check', 'checkpoint', 'evaluate', 'guard', 'log', 'sharding')
 FREE += ('model.attention', 'model.scan', 'model.remat')
+# A file for beside a config.json, by which that is an experiment.
+EXPERIMENT = """import json, pathlib
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict(json.loads(pathlib.Path(__file__).with_name('config.json').read_text()))
+"""
 
 
 def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,15 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmjax import command, record
+from lmjax import workdir as workdir_lib
 from lmjax.errors import UserError
 
 LIMIT = 1e-5  # relative, of the losses on other devices
 _UNKILLED = 'the run ended before it could be killed: give it more --steps'
-EXPERIMENT = """import json, pathlib
-from ml_collections import ConfigDict
-def get_config():
-  return ConfigDict(json.loads(pathlib.Path(__file__).with_name('config.json').read_text()))
-"""
 
 
 def prove(given: Mapping[str, Any], steps: int, kills: int) -> bool:
@@ -39,7 +35,7 @@ def prove(given: Mapping[str, Any], steps: int, kills: int) -> bool:
   with tempfile.TemporaryDirectory(prefix='lmjax-check-') as scratch:
     at = pathlib.Path(scratch)
     (at / 'config.json').write_text(json.dumps(c))
-    (at / 'experiment.py').write_text(EXPERIMENT)
+    (at / 'experiment.py').write_text(workdir_lib.EXPERIMENT)
     run(at / 'straight')
     print(f'{steps} steps without a stop: state {record.final_state(at / "straight")}', flush=True)
     killed = 0

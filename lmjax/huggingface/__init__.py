@@ -19,7 +19,6 @@ from flax import traverse_util
 
 from lmjax import config as config_lib
 from lmjax import experiment, jsonio, sharding
-from lmjax.check.resume import EXPERIMENT
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import did_you_mean
 from lmjax.data.pieces import Tokenizer
@@ -29,7 +28,7 @@ from lmjax.huggingface import tokens, weights
 from lmjax.saving import FRESH
 from lmjax.state import TrainState, init_state
 from lmjax.terminal import say
-from lmjax.workdir import describe, owned
+from lmjax.workdir import EXPERIMENT, describe, owned
 
 ARCHITECTURES = ('gpt2', 'llama', 'roberta', 'bert')
 LONGEST = 1024  # tokens in an example of an imported experiment, at most
