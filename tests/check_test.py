@@ -60,6 +60,12 @@ def test_all_oracles_hold(tiny, name):
   assert not failures, '\n'.join(failures)
 
 
+def test_what_hides_all_tokens_cannot_be_learned_by_heart(tiny):
+  hidden = {'rate': 1.0, 'mask_share': 1.0, 'random_share': 0.0}
+  made = twin.of(tiny('mlm', **{f'objective.{key}': x for key, x in hidden.items()}))
+  assert check.ORACLES['by_heart'](made).holds is None
+
+
 # ------------------------------------------------------------------------------- planted mistakes
 
 

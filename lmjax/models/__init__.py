@@ -3,8 +3,9 @@
 It is called as `core(x_BLD, mask, train, positions_BL=None, cache_length=0) -> x_BLD`.  It is found
 by its file's name, `transformer` is `transformer.Transformer`, and beside it is a table SIZES.
 It has the attributes dim, depth, max_length, norm, norm_epsilon, bias, initializer and dtype, by
-which an objective makes embeddings and heads that match, and `attention_flops`, what the products
-of queries, keys and values cost.
+which an objective makes embeddings and heads that match; `attention_flops`, what the products of
+queries, keys and values cost; and `small`, the knobs of a core of the same parts that the oracles
+of lmjax.check try.
 """
 
 import importlib
