@@ -82,7 +82,7 @@ FLOORS = [
   [['main'], ['check.__main__'], ['data.__main__'], ['plan.__main__'], ['huggingface.__main__']],
 ]
 # Commands, and what writes an experiment file.
-MAY_NAME_IT = ('main', 'check.__main__', 'check.resume', 'data.__main__')
+MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__')
 # heads builds on layers, and stands beside the cores.
 ALLOWED = {('models.heads', f'models.{room}') for room in ('layers', 'products', 'shards')}
 

@@ -8,6 +8,7 @@ norms and softmax run in float32.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,20 @@ class Initializers:
     return hash((self.name, self.depth))
 
 
+def by_path(module: nn.Module, init: Initializer) -> Initializer:
+  """`init` with a key that follows from the path of the module alone, which draws no other.
+
+  Linen's own key counts what was drawn before in the module, and in a scan it counts twice, so that
+  without biases every kernel would begin as another.  What arms of an ablation share begins alike.
+  """
+  keys = module.scope.rngs  # none outside of init, where only the shape is asked for
+
+  def draw(key: jax.Array, *args: Any) -> jax.Array:
+    return init(keys['params'].as_jax_rng() if 'params' in keys else key, *args)
+
+  return draw
+
+
 # --------------------------------------------------------------------------- products and tables
 
 
@@ -85,7 +100,9 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     fan_in, n = math.prod(self.inputs), len(self.inputs)
     init = nn.with_logical_partitioning(self.initializers(self.role, fan_in), self.axes)
-    kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(self.dtype)
+    kernel = self.param('kernel', by_path(self, init), (*self.inputs, *self.outputs)).astype(
+      self.dtype
+    )
     y = self._product(x.astype(self.dtype), kernel)
     if not self.bias:
       return y
@@ -114,7 +131,7 @@ class Embed(nn.Module):
 
   def setup(self):
     init = nn.with_logical_partitioning(self.initializers(self.role, self.dim), self.axes)
-    self.table = self.param('table', init, (self.num, self.dim))
+    self.table = self.param('table', by_path(self, init), (self.num, self.dim))
     # For each device that has rows a whole table in the dtype of products, gathered once.
     table = self.table.astype(self.dtype)
     self.copies = functools.cache(lambda rows: shards.copies(table, self.axes, rows))

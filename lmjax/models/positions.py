@@ -90,7 +90,7 @@ class Relative(NoPositions):
     init = nn.with_logical_partitioning(
       nn.initializers.normal(self.buckets**-0.5), ('buckets', 'heads')
     )
-    self.table = self.param('table', init, (self.buckets, self.heads))
+    self.table = self.param('table', layers.by_path(self, init), (self.buckets, self.heads))
 
   def bias(self, query_BL: jax.Array, key_BS: jax.Array, causal: bool) -> jax.Array:
     distance_BLS = query_BL[:, :, None] - key_BS[:, None, :]
