@@ -25,12 +25,13 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from lmjax import schema
 from lmjax.errors import UserError
-from lmjax.sweep import Overrides, chain, product, zipped
+from lmjax.sweep import BESIDE, Overrides, chain, product, zipped
 
 __all__ = ['chain', 'product', 'zipped']  # what experiments make their sweeps with
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
-LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every', 'evaluate.batches'), 0)
+LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every'), 0)
+LEAST |= dict.fromkeys(('evaluate.batches', 'evaluate.yardstick'), 0)
 LEAST |= dict.fromkeys(('guard.limit', 'guard.replicas', 'checkpoint.minutes'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
 LEAST |= {'virtual_shards': 1}
@@ -98,6 +99,7 @@ def base(
   c.evaluate = ConfigDict()
   c.evaluate.every = 500  # steps between evaluations; the last step is always evaluated
   c.evaluate.batches = 0  # batches of each set; 0: all of it
+  c.evaluate.yardstick = 0  # windows on which models of any objective compare: lmjax/yardstick.py
 
   c.log = ConfigDict()
   c.log.every = 10  # steps between lines of metrics.jsonl, which average over these steps
@@ -131,7 +133,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
   It goes through the flags of the command line, so that an element of a sweep is a command line.
   """
-  argv = ['lmjax', f'--config={spec}', *arguments(overrides or {})]
+  argv = ['lmjax', *flags_of(spec, overrides or {})]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   parse_flags(argv, values)
@@ -140,7 +142,14 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
 def arguments(overrides: Mapping[str, Any]) -> list[str]:
   """{'objective.rate': 0.3} -> ['--config.objective.rate=0.3']."""
-  return [f'--config.{key}={value}' for key, value in overrides.items()]
+  return [f'--config.{key}={value}' for key, value in overrides.items() if key not in BESIDE]
+
+
+def flags_of(spec: str, overrides: Mapping[str, Any]) -> list[str]:
+  """An element of the experiment's sweep as the flags that load it."""
+  file = spec.partition(':')[0]
+  spec = f'{file}:{overrides["variant"]}' if 'variant' in overrides else spec
+  return [f'--config={spec}', *arguments(overrides)]
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Overrides = dict[str, Any]  # dotted key -> value
+# Keys of an element that are none of the config: `variant` is the argument of the experiment file,
+# and `label` a name that changes nothing, as of two arms that should not differ.
+BESIDE = ('variant', 'label')
 
 
 def product(*parts: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrides]:

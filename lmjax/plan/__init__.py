@@ -39,7 +39,8 @@ class Job:
 
   @property
   def command(self) -> str:
-    return ' '.join([self.spec, *config.arguments(self.overrides)])
+    spec, *rest = config.flags_of(self.spec, self.overrides)
+    return ' '.join([spec.removeprefix('--config='), *rest])
 
   def but(self, overrides: Overrides) -> 'Job':
     return dataclasses.replace(self, overrides=self.overrides | overrides)
