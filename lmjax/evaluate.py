@@ -11,7 +11,7 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lmjax import command, jsonio, record, sharding
+from lmjax import command, jsonio, record, sharding, yardstick
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import did_you_mean
 from lmjax.data import loader
@@ -38,6 +38,8 @@ class Evaluator:
   def __init__(self, parts: Experiment, mesh: Mesh):
     self.parts, self.mesh = parts, mesh
     self._step = make_step(parts)
+    self._shared = parts.config['evaluate'][yardstick.NAME] and yardstick.rows(parts)
+    self._shared_step = yardstick.make_step(parts)
 
   def __call__(
     self, params: Any, stop: Callable[[], bool] = lambda: False
@@ -46,24 +48,30 @@ class Evaluator:
 
     None where `stop`, which is asked before every batch, says so.
     """
-    values = {}
+    values, most = {}, self.parts.config['evaluate']['batches']
     for name in self.parts.config['data']['eval']:
-      fetched = self._fetch(name, params, stop)
+      fetched = self._fetch(self._step, self.parts.examples(name), most, params, stop)
       if fetched is None:
         return None
       found = self._values(name, fetched)
       values |= {f'eval/{name}/{key}': x for key, x in found.items()}
+    if self._shared:
+      fetched = self._fetch(self._shared_step, self._shared, 0, params, stop)
+      if fetched is None:
+        return None
+      found = yardstick.values(self.parts, fetched)
+      values |= {f'eval/{yardstick.NAME}/{key}': x for key, x in found.items()}
     return values
 
-  def _fetch(self, name: str, params: Any, stop: Callable[[], bool]) -> list[Any] | None:
-    c = self.parts.config
-    examples, rows = self.parts.examples(name), self.parts.rows(self.mesh)
-    batches = loader.eval_batches(examples, c['batch'], c['evaluate']['batches'], rows)
+  def _fetch(
+    self, step: Callable, examples: Any, most: int, params: Any, stop: Callable[[], bool]
+  ) -> list[Any] | None:
+    rows = self.parts.rows(self.mesh)
     fetched, running = [], None
-    for batch in batches:
+    for batch in loader.eval_batches(examples, self.parts.config['batch'], most, rows):
       if stop():
         return None
-      ahead = self._step(params, self.parts.place(batch, self.mesh))
+      ahead = step(params, self.parts.place(batch, self.mesh))
       if running is not None:  # fetched a batch late, so that the device always has work
         fetched.append(jax.device_get(running))
       running = ahead

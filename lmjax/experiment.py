@@ -166,8 +166,9 @@ def prepare(config: Mapping[str, Any]) -> Experiment:
   """
   data = config['data']
   made = _parts(config)
-  if 'train' in data['eval']:
-    raise UserError('data.eval: "train" is the name of the training source; choose another')
+  for name, of in (('train', 'the training source'), ('yardstick', 'evaluate.yardstick')):
+    if name in data['eval']:
+      raise UserError(f'data.eval: "{name}" is the name of {of}; choose another')
   opened = _open(config, {'train': data['train'], **data['eval']})
   read = set().union(*(source.reads for source in opened.values()))
   for key, kind in (('document', 'plain text'), ('text_key', 'JSONL, Parquet or TFDS')):

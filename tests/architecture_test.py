@@ -65,6 +65,7 @@ FLOORS = [
       'canonical',
       'experiment',
       'workdir',
+      'yardstick',
       'evaluate',
       'generate',
       'state',
@@ -77,9 +78,15 @@ FLOORS = [
       'plan.search',
       'plan.measure',
       'huggingface',
+      *('ablate.verdicts', 'ablate.statistics', 'ablate.numbers', 'ablate.content'),
+      *('ablate.plots', 'ablate.markdown', 'ablate.page'),
+      *('ablate.arms', 'ablate.matching', 'ablate.fixed', 'ablate.runs', 'ablate.report', 'ablate'),
     ]
   ],
-  [['main'], ['check.__main__'], ['data.__main__'], ['plan.__main__'], ['huggingface.__main__']],
+  [
+    *(['main'], ['check.__main__'], ['data.__main__'], ['plan.__main__']),
+    *(['huggingface.__main__'], ['ablate.__main__']),
+  ],
 ]
 # Commands, and what writes an experiment file.
 MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__')

@@ -16,7 +16,8 @@ section `objective`.  It has
       raises a UserError where the parts do not fit, before any work is done.
   ignorant(vocab_size) -> dict[str, float]
       what each term is for a model that knows nothing, which one that begins should be near.
-  causal: whether the model continues texts; then it has a method `logits` (see clm.py).
+  causal: whether the model continues texts.  It has a method `logits` (see clm.py): [B, L, V], at
+      each place of the token after it, or, where it does not continue texts, of its own.
   scores_every_token: whether `xent` is of all tokens of a text, so that it has bits per byte.
   separates: whether rows hold texts that do not see each other, told apart by `segments`.
   visible, mask_share: of the targets in `places`, those that are there to be seen, or masked.
