@@ -20,7 +20,7 @@ from lmjax.errors import UserError
 from lmjax.terminal import say
 
 _CADENCES = ('log', 'checkpoint', 'evaluate')  # at each, losses so far are written
-_SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data')
+_SECTIONS = ('code', 'versions', 'machine', 'environment', 'parameters', 'seed', 'data', 'initial')
 _VARIABLES = ('XLA_', 'JAX_', 'LIBTPU_', 'TPU_', 'CUDA_', 'NCCL_', 'LMJAX_')
 _SECRET = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
 _PACKAGES = ('lmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')

@@ -133,7 +133,7 @@ def _train(
       print(f'resuming at step {start} of {steps}', flush=True)
     state = warm_start(parts, mesh, make_state(), transform) if state is None else state
     if not stop.begun:  # the run begins, or is taken up, and does not go back
-      workdir_lib.describe(parts, path, digests, count, start)
+      workdir_lib.describe(parts, path, digests, state.params, start)
     judge.begin()
     skipped, every = judge.skipped(), c['guard']['replicas']
     step_fn = clock.timed('compile', _step_fn)(parts, mesh, like, transform)

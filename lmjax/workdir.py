@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from lmjax import config as config_lib
-from lmjax import jsonio, processes, record
+from lmjax import fingerprint, jsonio, processes, record
 from lmjax.errors import StorageError, UserError
 from lmjax.experiment import Experiment
 
@@ -119,12 +119,14 @@ def check_space(path: epath.Path, size: int, count: int) -> None:
 
 
 def describe(
-  parts: Experiment, path: epath.Path, digests: Mapping[str, str], parameters: int, step: int
+  parts: Experiment, path: epath.Path, digests: Mapping[str, str], params: Any, step: int
 ) -> None:
   """Writes what the run is, once everything fits together; config.json, last, makes it a run.
 
-  Where it is one already, what has changed until this start, at `step`, is added.
+  `params` are those that it begins with.  Where it is a run already, what has changed until this
+  start, at `step`, is added.
   """
+  initial = {} if step else fingerprint.of(fingerprint.named(params))
   if processes.index() == 0:
     devices = jax.devices()
     about = {
@@ -134,12 +136,14 @@ def describe(
         'driver': devices[0].client.platform_version,
         'processes': jax.process_count(),
       },
-      'parameters': parameters,
+      'parameters': sum(x.size for x in jax.tree.leaves(params)),
+      'initial': initial,
       'seed': parts.config['seed'],
     }
     now = record.describe(digests, about)
     before = _read(path / 'record.json') if (path / 'config.json').exists() else None
     if before:
+      now['initial'] = before.get('initial', {})
       began = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
       now = record.restarted(before, now, step, began)
     if not before or not (path / 'tokenizer').exists():

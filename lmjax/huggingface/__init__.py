@@ -193,7 +193,7 @@ def to_workdir(
     with Checkpoints(place / 'checkpoints') as checkpoints:
       checkpoints.save(0, state, {**FRESH, 'roll_backs': 0, 'config': c, 'data': digests})
     (place / 'experiment.py').write_text(HEADER + EXPERIMENT)
-    describe(parts, place, digests, sum(x.size for x in jax.tree.leaves(params)), 0)
+    describe(parts, place, digests, state.params, 0)
 
 
 def _begun(parts: experiment.Experiment, mesh: jax.sharding.Mesh, params: Any) -> TrainState:
