@@ -52,6 +52,7 @@ FLOORS = [
     ['sharding'],
     ['steps', 'disk', 'checkpoint'],
     ['record'],
+    ['ablate.verdicts', 'ablate.statistics'],
     ['huggingface.weights'],
   ],
   [
@@ -77,6 +78,7 @@ FLOORS = [
       'plan.search',
       'plan.measure',
       'huggingface',
+      'ablate',
     ]
   ],
   [['main'], ['check.__main__'], ['data.__main__'], ['plan.__main__'], ['huggingface.__main__']],
