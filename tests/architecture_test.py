@@ -52,6 +52,7 @@ FLOORS = [
     ['sharding'],
     ['steps', 'disk', 'checkpoint'],
     ['record'],
+    ['ablate.verdicts', 'ablate.statistics'],
     ['huggingface.weights'],
   ],
   [
@@ -78,8 +79,7 @@ FLOORS = [
       'plan.search',
       'plan.measure',
       'huggingface',
-      *('ablate.verdicts', 'ablate.statistics', 'ablate.numbers', 'ablate.content'),
-      *('ablate.plots', 'ablate.markdown', 'ablate.page'),
+      *('ablate.numbers', 'ablate.content', 'ablate.plots', 'ablate.page', 'ablate.markdown'),
       *('ablate.arms', 'ablate.matching', 'ablate.fixed', 'ablate.runs', 'ablate.report', 'ablate'),
     ]
   ],
