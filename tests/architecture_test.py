@@ -76,6 +76,8 @@ FLOORS = [
       'plan',
       'plan.search',
       'plan.measure',
+      *('ablate.numbers', 'ablate.content', 'ablate.plots', 'ablate.page', 'ablate.markdown'),
+      'ablate',
       'huggingface',
     ]
   ],

@@ -1,0 +1,1 @@
+"""Ablations: what was varied, by how much it matters, and whether that can be told from noise."""
