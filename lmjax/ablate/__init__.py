@@ -1,1 +1,1 @@
-"""The ablation laboratory: arms that differ in what was asked for, and what may be said of them."""
+"""An ablation: arms that differ in what was named and in nothing else, run and compared by seeds."""
