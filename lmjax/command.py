@@ -1,6 +1,7 @@
 """The command line: what every command does before and after its work."""
 
 import contextlib
+import ctypes
 import errno
 import signal
 import socket
@@ -80,6 +81,13 @@ def child(process: subprocess.Popen) -> Iterator[None]:
     process.kill()
     process.wait()
     _children.remove(process)
+
+
+def end_with_parent() -> None:
+  """This process is asked to stop when the one that has started it is gone, however it went."""
+  of_its_end = 1  # PR_SET_PDEATHSIG of prctl(2), which Linux alone has
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(of_its_end, signal.SIGTERM)
 
 
 def _explain(error: BaseException) -> int:

@@ -1,1 +1,162 @@
-"""An ablation: arms that differ in what was named and in nothing else, run and compared by seeds."""
+"""An ablation: arms that differ in what was named and in nothing else, run and compared by seeds.
+
+Every arm is run with the same seeds.  A seed fixes the order of the text, the masks, and the first
+value of each parameter that arms share, so that differences are taken seed by seed.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lmjax import jsonio
+from lmjax.ablate import arms as arms_lib
+from lmjax.ablate import fixed, markdown, matching, page, report, runs
+from lmjax.ablate.arms import Arm
+from lmjax.ablate.fixed import Facts
+from lmjax.ablate.runs import Run
+from lmjax.config import did_you_mean
+from lmjax.errors import UserError
+
+PROBE = 12  # steps by which the time of one is measured
+
+
+class Ablation:
+  """Arms, proved to be comparable, and the runs of them in a directory."""
+
+  def __init__(
+    self,
+    spec: str,
+    workdir: str,
+    vary: Sequence[str] = (),
+    seeds: int = 3,
+    match: str = 'steps',
+    may_move: Sequence[str] = (),
+  ):
+    """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
+
+    Raises:
+      UserError: the arms do not load, or something moves that was not named; or the directory
+        holds another ablation.
+    """
+    if seeds < 1:
+      raise UserError(f'--seeds={seeds} must be at least 1')
+    if match not in matching.KINDS:
+      raise UserError(f'--match={match} is nothing{did_you_mean(match, matching.KINDS)}')
+    self.spec, self.match = spec, match
+    self.directory = pathlib.Path(workdir).expanduser().absolute()
+    asked = arms_lib.of(spec, vary)
+    self.named = arms_lib.named(asked)
+    self._may_move = [*may_move]
+    configs = {arm.name: arm.config() for arm in asked}
+    arms_lib.check_moved(arms_lib.moved(configs), asked, may_move)
+    first = configs[asked[0].name]['seed']
+    self.seeds = list(range(first, first + seeds))
+    self._asked = asked
+
+  def prove(self) -> list[str]:
+    """Makes the data, solves for steps, and says what is the same in all arms.
+
+    Raises:
+      UserError: something moved that nobody has named.
+    """
+    facts = {arm.name: fixed.of(arm) for arm in self._asked}
+    cost = {
+      'steps': lambda arm: 1.0,
+      'tokens': lambda arm: facts[arm.name].tokens,
+      'flops': lambda arm: facts[arm.name].flops,
+      'time': self._seconds_of_a_step,
+    }[self.match]
+    kept = self._kept()
+    self.arms, remainders = matching.solve(self._asked, cost, self.match)
+    if kept and self.match == 'time':  # what was measured then holds
+      self.arms = [
+        Arm(arm.spec, arm.overrides, kept['arms'][arm.name]['solved']) for arm in self._asked
+      ]
+    self.remainders = {arm.name: x for arm, x in zip(self.arms, remainders, strict=True)}
+    self.facts: list[Facts] = [
+      facts[arm.name]._replace(steps=arm.config()['steps']) for arm in self.arms
+    ]
+    fixed.check(self.facts, self.named)
+    self.lines = fixed.lines(self.facts)
+    self._keep(kept)
+    self.runs = runs.planned(self.arms, self.seeds, self.directory)
+    return self.lines
+
+  def _kept(self) -> dict[str, Any] | None:
+    path = self.directory / 'ablation.json'
+    return jsonio.read(path) if path.exists() else None
+
+  def _keep(self, before: Mapping[str, Any] | None) -> None:
+    """The same directory takes up the same ablation; seeds may be added."""
+    now = {
+      'spec': self.spec,
+      'match': self.match,
+      'arms': {
+        arm.name: {'solved': arm.solved, 'config': {**arm.config(), 'check': None}}
+        for arm in self.arms
+      },
+    }
+    now = json.loads(json.dumps(now))
+    if before and before != now:
+      others = sorted(before['arms'].keys() ^ now['arms'].keys())
+      what = f'arms {", ".join(others)}' if others else 'the configs or the matching of its arms'
+      raise UserError(
+        f'{self.directory} holds another ablation (it differs in {what}): choose another --workdir'
+      )
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      jsonio.write(epath.Path(self.directory / 'ablation.json'), now)
+    except OSError as e:
+      raise UserError(f'cannot write into {self.directory}: {e.strerror or e}') from e
+
+  def _seconds_of_a_step(self, arm: Arm) -> float:
+    """Measured: a short run on what the runs will have."""
+    if self._kept():
+      return 1.0
+    steps = {'steps': PROBE, 'optimizer.warmup_steps': 1, 'log.every': 1, 'evaluate.batches': 1}
+    probe = Arm(arm.spec, arm.overrides, steps)
+    where = self.directory / 'probes' / arm.name
+    print(f'measuring a step of {arm.name}', flush=True)
+    run = Run(probe, self.seeds[0], where, first=False)
+    for _ in runs.work([run], runs.slots(1)):
+      pass
+    return runs.seconds_of_a_step(run)
+
+  def work(self, parallel: int = 1) -> Iterator[Run]:
+    """Runs what is not finished; yields each run that comes to its end."""
+    yield from runs.work(self.runs, runs.slots(parallel))
+
+  def study(
+    self,
+    command: str,
+    metric: str = '',
+    margin: float | None = None,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    price_per_hour: float | None = None,
+  ) -> dict[str, Any]:
+    """What is known by now, written as report.json, report.md and report.html."""
+    configs = {arm.name: arm.config() for arm in self.arms}
+    about = {
+      'title': self.spec,
+      'command': command,
+      'made': time.strftime('%Y-%m-%d'),
+      'match': self.match,
+      'alpha': alpha,
+      'power': power,
+      'price_per_hour': price_per_hour,
+      'remainders': self.remainders,
+      'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
+    }
+    study = report.collect(about, self.arms, self.facts, self.runs, metric, margin)
+    for name, text in (
+      ('report.json', json.dumps(study, indent=1) + '\n'),
+      ('report.md', markdown.render(study)),
+      ('report.html', page.render(study)),
+    ):
+      jsonio.write_text(epath.Path(self.directory / name), text)
+    return study

@@ -1,0 +1,74 @@
+"""Compares arms of an experiment:
+
+python -m lmjax.ablate --config FILE.py[:ARG] --vary KEY=V1,V2 … --seeds N --workdir DIR
+    runs each arm with each seed, and writes report.html, report.md and report.json into DIR.
+    Without --vary the arms are those of the file's sweep().  The same command again goes on
+    where it was stopped; with more seeds it adds them.
+
+KEY is one of the config, `variant` (the argument of the file), or `label` (a name that changes
+nothing, as of two arms that should not differ).
+"""
+
+import shlex
+import sys
+
+from absl import flags
+
+from lmjax import ablate, command
+from lmjax.errors import UserError
+
+LAUNCH = ('here', 'print')
+
+
+def main() -> None:
+  f = flags.FLAGS
+  if not f.config:
+    raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
+  if not f.workdir:
+    raise UserError('name a directory for the runs and the report with --workdir DIR')
+  if f.parallel < 1:
+    raise UserError(f'--parallel={f.parallel} must be at least 1')
+  made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move)
+  print('\n'.join(made.prove()), flush=True)
+  count = len(made.runs)
+  if f.launch == 'print':
+    print('\n'.join(run.command for run in made.runs if run.outcome()[0] == 'unfinished'))
+  else:
+    done = sum(run.outcome()[0] != 'unfinished' for run in made.runs)
+    for number, run in enumerate(made.work(f.parallel), start=done + 1):
+      print(f'{number} of {count}: {run.arm.name} seed {run.seed} {said(run)}', flush=True)
+  study = made.study(
+    shlex.join(['python', '-m', 'lmjax.ablate', *sys.argv[1:]]),
+    f.metric,
+    f.margin,
+    f.alpha,
+    f.power,
+    f.price_per_hour,
+  )
+  for one in study['comparisons']:
+    print(f'{one["arms"][1]} beside {one["arms"][0]}: {one["verdict"]}')
+  print(f'{study["metric"]}; the whole is in {made.directory}/report.html')
+
+
+def said(run: ablate.Run) -> str:
+  status, why = run.outcome()
+  return status + (f': {why}' if why else '')
+
+
+if __name__ == '__main__':
+  if '--help' in sys.argv:
+    print(__doc__)
+  flags.DEFINE_string('config', '', 'The experiment: FILE.py[:ARGUMENT].')
+  flags.DEFINE_multi_string('vary', [], 'KEY=V1,V2: a key and its values, one an arm.')
+  flags.DEFINE_integer('seeds', 3, 'How many seeds each arm is run with.')
+  flags.DEFINE_string('match', 'steps', 'What arms get as much of: steps, tokens, flops, time.')
+  flags.DEFINE_list('may_move', [], 'Keys that may differ because a variant says so.')
+  flags.DEFINE_string('workdir', '', 'Where runs and report are kept.')
+  flags.DEFINE_string('metric', '', 'What is compared, such as eval/validation/xent.')
+  flags.DEFINE_float('margin', None, 'Differences below it are of no interest.', lower_bound=0)
+  flags.DEFINE_float('alpha', 0.05, 'How often a difference may be called where there is none.')
+  flags.DEFINE_float('power', 0.8, 'How often one as large as the margin is to be found.')
+  flags.DEFINE_float('price_per_hour', None, 'Of this machine, in any currency.', lower_bound=0)
+  flags.DEFINE_integer('parallel', 1, 'How many runs share this machine.')
+  flags.DEFINE_enum('launch', 'here', LAUNCH, 'Run here, or print the commands that are left.')
+  command.run(main)

@@ -1,0 +1,224 @@
+"""The runs of an ablation: each in a process and a directory of its own, taken up until it ends."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lmjax import command, jsonio, record
+from lmjax.ablate.arms import Arm
+from lmjax.errors import NonFinite, Restart, UserError
+
+TRIES = 5  # starts without a new checkpoint, before a run is given up
+POLL = 0.2  # seconds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """An arm with a seed."""
+
+  arm: Arm
+  seed: int
+  workdir: pathlib.Path
+  first: bool  # of its arm: the oracles are tried in it alone
+
+  @property
+  def argv(self) -> list[str]:
+    check = [] if self.first else ['--config.check=False']
+    return [*self.arm.flags(self.seed), f'--workdir={self.workdir}', *check]
+
+  @property
+  def command(self) -> str:
+    return self.arm.command(str(self.workdir), self.seed)
+
+  @property
+  def log(self) -> pathlib.Path:
+    return self.workdir.with_name(f'{self.workdir.name}.log')
+
+  def outcome(self) -> tuple[str, str]:
+    """('finished' | 'diverged' | 'unfinished', why)."""
+    if (self.workdir / 'result.json').exists():
+      return 'finished', ''
+    stopped = self.workdir / 'stopped.json'
+    if stopped.exists():
+      return 'diverged', str(jsonio.read(stopped)['why'])
+    return 'unfinished', 'it has not come to its end yet'
+
+
+class Slot(NamedTuple):
+  """A share of this machine's devices, for one run at a time."""
+
+  environment: Mapping[str, str]
+  cores: frozenset[int]
+
+
+def planned(arms: Sequence[Arm], seeds: Sequence[int], directory: pathlib.Path) -> list[Run]:
+  """Seed by seed, so that what is there when it is stopped can be compared."""
+  where = directory / 'runs'
+  return [
+    Run(arm, seed, where / arm.name / str(seed), seed == seeds[0]) for seed in seeds for arm in arms
+  ]
+
+
+def slots(parallel: int) -> list[Slot]:
+  """The devices that are here in so many equal shares.
+
+  Raises:
+    UserError: they do not divide.
+  """
+  cores = sorted(os.sched_getaffinity(0))
+  if parallel == 1:
+    return [Slot({}, frozenset(cores))]
+  platform, count = _devices()
+  on = {'gpu': 'GPUs', 'tpu': 'TPU chips', 'cpu': 'CPU cores'}[platform]
+  count = len(cores) if platform == 'cpu' else count
+  if count % parallel:
+    raise UserError(f'--parallel={parallel} does not divide the {count} {on} of this machine')
+  each, share = count // parallel, len(cores) // parallel or len(cores)
+  if platform == 'tpu' and each > 1:
+    raise UserError(f'a run has one TPU chip beside others, or all: --parallel={count} or 1')
+  found = []
+  for number in range(parallel):
+    mine = ','.join(_visible(platform, count)[number * each : (number + 1) * each])
+    environment = {
+      'gpu': {'CUDA_VISIBLE_DEVICES': mine},
+      'tpu': {
+        'TPU_VISIBLE_CHIPS': mine,
+        'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',
+        'TPU_PROCESS_BOUNDS': '1,1,1',
+      },
+      'cpu': {},
+    }[platform]
+    first = number * share % len(cores)
+    found.append(Slot(environment, frozenset(cores[first : first + share])))
+  return found
+
+
+def _visible(platform: str, count: int) -> list[str]:
+  given = os.environ.get('CUDA_VISIBLE_DEVICES', '') if platform == 'gpu' else ''
+  return given.split(',') if given else [str(number) for number in range(count)]
+
+
+def _devices() -> tuple[str, int]:
+  """Asked in a process of its own, which lets go of them again."""
+  ask = 'import jax; d = jax.local_devices(); print("\\n", d[0].platform, len(d))'
+  said = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, check=True)
+  platform, count = said.stdout.split()[-2:]
+  return platform, int(count)
+
+
+def work(runs: Sequence[Run], places: Sequence[Slot]) -> Iterator[Run]:
+  """Runs what is not finished, side by side in `places`; yields each that has come to its end.
+
+  Raises:
+    UserError: a run that ends with a mistake, or again and again without any progress.
+    Restart: a run was asked to stop, and is saved.
+  """
+  todo = deque(run for run in runs if run.outcome()[0] == 'unfinished')
+  free, going = deque(places), {}
+  try:
+    while todo or going:
+      while todo and free:
+        run, place = todo.popleft(), free.popleft()
+        going[run] = _Try(run, place)
+      time.sleep(POLL)
+      for run, attempt in list(going.items()):
+        if attempt.ended():
+          del going[run]
+          free.append(attempt.place)
+          yield run
+  finally:
+    for attempt in going.values():
+      attempt.stop()
+
+
+class _Try:
+  """The starts of a run, one after the other."""
+
+  def __init__(self, run: Run, place: Slot):
+    self.run, self.place = run, place
+    self._tries, self._came = 0, -1
+    self._start()
+
+  def _start(self) -> None:
+    self.run.workdir.parent.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, '-m', 'lmjax.main', *self.run.argv, '--end_with_parent']
+    streams = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    environment = os.environ | dict(self.place.environment)
+    with self.run.log.open('ab') as log:
+      self._process = subprocess.Popen(argv, stdout=log, env=environment, **streams)
+    self._held = contextlib.ExitStack()
+    self._held.enter_context(command.child(self._process))
+    os.sched_setaffinity(self._process.pid, self.place.cores)
+
+  def ended(self) -> bool:
+    """Whether it has come to its end; where it was killed or wants it, it is started again."""
+    code = self._process.poll()
+    if code is None:
+      return False
+    self._held.close()
+    if code == 0:
+      return True
+    if code == NonFinite.exit_code:
+      _say_why(self.run)
+      return True
+    if code > 0 and code != Restart.exit_code:
+      raise UserError(f'{self.run.command} ended with {code}: {_last(self.run.log)}')
+    self._tries += 1
+    came = max(_steps(self.run.workdir), default=-1)
+    if came > self._came:
+      self._tries, self._came = 0, came
+    if self._tries >= TRIES:
+      raise UserError(
+        f'{self.run.command} ended with {code}, {TRIES} times without a new checkpoint: '
+        f'{_last(self.run.log)}'
+      )
+    self._start()
+    return False
+
+  def stop(self) -> None:
+    """As from a signal: it saves, and leaves."""
+    if self._process.poll() is None:
+      self._process.send_signal(signal.SIGTERM)
+    self._process.wait()
+    self._held.close()
+
+
+def _steps(workdir: pathlib.Path) -> list[int]:
+  there = workdir / 'checkpoints'
+  names = [path.name for path in there.iterdir()] if there.exists() else []
+  return [int(name) for name in names if name.isdecimal()]
+
+
+def _say_why(run: Run) -> None:
+  jsonio.write(epath.Path(run.workdir) / 'stopped.json', {'why': _last(run.log)})
+
+
+def _last(log: pathlib.Path) -> str:
+  """What it said at its end: the sentence of a mistake, or the last lines."""
+  lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+  said = [line for line in lines[-3:] if line.startswith('lmjax: ')]
+  return said[-1].removeprefix('lmjax: ') if said else '\n'.join(lines[-12:])
+
+
+def results(run: Run) -> dict[str, Any]:
+  """What a finished run has to say: its result.json."""
+  return jsonio.read(run.workdir / 'result.json')
+
+
+def seconds_of_a_step(run: Run) -> float:
+  """Of a finished run: the median of those after the first few."""
+  config = record.read(run.workdir, 'config.json')
+  lines = record.lines(run.workdir, 'metrics.jsonl')
+  rates = [x['perf/tokens_per_second'] for x in lines if 'perf/tokens_per_second' in x]
+  return config['batch'] * config['length'] / statistics.median(rates[len(rates) // 3 :])

@@ -1,0 +1,366 @@
+"""Ablations: arms differ in what was named, get equally much, and survive what runs survive."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lmjax import ablate, config
+from lmjax.ablate import arms, fixed, matching, runs
+from lmjax.ablate.fixed import Facts
+from lmjax.errors import UserError
+
+QUICK, RATE = 'experiments/quickstart.py', 'experiments/ablations/mask_rate.py'
+VARIED = {
+  ('optimizer.lr=0.1,0.2',): ['optimizer.lr=0.1', 'optimizer.lr=0.2'],
+  ('config.seed=1,2', 'batch=4,8'): [
+    'seed=1,batch=4',
+    'seed=1,batch=8',
+    'seed=2,batch=4',
+    'seed=2,batch=8',
+  ],
+  ('label=one,two',): ['label=one', 'label=two'],
+  ('variant=gpt,bert',): ['variant=gpt', 'variant=bert'],
+  ('optimizer.args={"a": (1, 2)},{"b": "x,y"}',): [
+    "optimizer.args={%22a%22: (1, 2)}",
+    "optimizer.args={%22b%22: %22x,y%22}",
+  ],
+  ('data.train=a/b.txt,../c.txt',): ['data.train=a%2Fb.txt', 'data.train=..%2Fc.txt'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('vary', VARIED, ids=' '.join)
+def test_arms_are_every_combination_and_have_names_for_directories(vary):
+  found = arms.of(QUICK, vary)
+  assert [arm.name for arm in found] == VARIED[vary]
+  assert not any('/' in arm.name for arm in found)
+
+
+def test_without_vary_the_arms_are_those_of_the_file():
+  found = arms.of(RATE, [])
+  assert [arm.overrides for arm in found] == config.arms(RATE)
+
+
+MISTAKES = {
+  'one arm': (['steps=5'], 'there is one arm only (steps=5)'),
+  'a key twice': (['steps=5,6', 'steps=7,8'], 'a key is varied twice'),
+  'a value twice': (['steps=5,5'], 'two arms are called steps=5'),
+  'no value': (['steps='], '--vary=steps= is not KEY=V1,V2'),
+  'no key': (['=1,2'], '--vary==1,2 is not KEY=V1,V2'),
+  'no sweep': ([], 'experiments/quickstart.py has no sweep()'),
+  'a name too long': (['log.sample=' + 'x' * 300 + ',y'], 'too long for the name of a directory'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_in_arms(name):
+  vary, said = MISTAKES[name]
+  with pytest.raises(UserError) as e:
+    arms.of(QUICK, vary)
+  assert said in str(e.value)
+
+
+def test_an_arm_is_a_command_line():
+  (_, arm) = arms.of(QUICK, ['variant=gpt,bert', 'label=a'])
+  assert arm.command('/tmp/a b', seed=3) == (
+    'python -m lmjax.main --config=experiments/quickstart.py:bert --config.seed=3 '
+    "'--workdir=/tmp/a b'"
+  )
+  assert arm.config()['objective']['name'] == 'mlm'
+
+
+# -------------------------------------------------------------------------- nothing else may move
+
+MOVED = {  # vary, may_move -> what is said, '' where nothing is
+  'a value': (['optimizer.lr=0.1,0.2'], [], ''),
+  'nothing at all': (['label=a,b'], [], ''),
+  'a value that is the default': (['optimizer.lr=0.02,2e-2'], [], 'optimizer.lr has the same'),
+  'a variant': (['variant=gpt,bert'], [], 'objective.dynamic is None, True'),
+  'a variant, half named': (['variant=gpt,bert'], ['objective'], 'log.sample is'),
+  'a variant, named': (['variant=gpt,bert'], ['objective', 'log.sample'], ''),
+}
+
+
+@pytest.mark.parametrize('name', MOVED)
+def test_what_moves_is_named_or_refused(name):
+  vary, may_move, said = MOVED[name]
+  found = arms.of(QUICK, vary)
+  moved = arms.moved({arm.name: arm.config() for arm in found})
+  if not said:
+    arms.check_moved(moved, found, may_move)
+    return
+  with pytest.raises(UserError) as e:
+    arms.check_moved(moved, found, may_move)
+  assert said in str(e.value)
+
+
+FACTS = Facts(
+  parameters=1000,
+  flops=60_000,
+  steps=100,
+  tokens=10,
+  batch=2,
+  tokenizer='t',
+  sources={'train': 'a', 'validation': 'b'},
+  rows='r',
+  sets={'validation': 'v'},
+)
+# What is another in the second arm -> a key that can have moved it, and one that cannot.
+CAUSES = {
+  'parameters': (1001, 'model.dim', 'optimizer.lr'),
+  'tokenizer': ('u', 'tokenizer.vocab_size', 'model.dim'),
+  'sources': ({'train': 'c', 'validation': 'b'}, 'data.train', 'objective.rate'),
+  'rows': ('s', 'objective.pairs_per_row', 'model.dim'),
+  'sets': ({'validation': 'w'}, 'length', 'optimizer.name'),
+}
+
+
+@pytest.mark.parametrize('fact', CAUSES)
+def test_what_moves_by_itself_is_refused(fact):
+  value, cause, other = CAUSES[fact]
+  facts = [FACTS, FACTS._replace(**{fact: value})]
+  for named in (cause, 'variant'):
+    fixed.check(facts, [named])
+  with pytest.raises(UserError, match=f'nobody has named: {fact}: '):
+    fixed.check(facts, [other])
+  fixed.check([FACTS, FACTS], [other])
+
+
+def test_the_proof_says_what_is_the_same():
+  facts = [FACTS, FACTS._replace(parameters=2000, batch=4)]
+  assert fixed.lines(facts) == [
+    'parameters: 1,000, 2,000',
+    'FLOPs a token: the same, 6000',
+    'steps: the same, 100',
+    'tokens in all: the same, 1,000',
+    'FLOPs in all: the same, 6e+06',
+    'tokenizer: the same, t',
+    'order of the text: the same rows one after the other, so many in a step as the batch has',
+    'rows of validation: the same, v',
+  ]
+
+
+COMPARABLE = {  # second arm, named -> metrics of those below that compare
+  'a learning rate': ({}, ['optimizer.lr'], {'xent', 'loss', 'bits_per_byte', 'masked_xent'}),
+  'an objective': ({}, ['objective.z_loss'], {'xent', 'bits_per_byte', 'masked_xent'}),
+  'other rows': (
+    {'sets': {'validation': 'w'}},
+    ['objective.rate'],
+    {'bits_per_byte', 'masked_xent'},
+  ),
+  'a tokenizer': (
+    {'sets': {'validation': 'w'}, 'tokenizer': 'u'},
+    ['tokenizer.vocab_size'],
+    {'bits_per_byte'},
+  ),
+  'other texts': (
+    {'sets': {'validation': 'w'}, 'sources': {'train': 'a', 'validation': 'c'}},
+    ['data.eval'],
+    {'masked_xent'},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', COMPARABLE)
+def test_which_numbers_compare(name):
+  other, named, expected = COMPARABLE[name]
+  kinds = ('xent', 'loss', 'bits_per_byte')
+  reported = {*(f'eval/validation/{kind}' for kind in kinds), 'eval/yardstick/masked_xent'}
+  found = fixed.comparable([FACTS, FACTS._replace(**other)], named, reported)
+  assert found.keys() == reported
+  assert {metric.rpartition('/')[2] for metric, why in found.items() if not why} == expected
+
+
+# ---------------------------------------------------------------------------------- equally much
+
+
+def test_matched_arms_get_as_much_as_the_reference():
+  found = arms.of(QUICK, ['model.depth=4,3,12'])
+  cost = {4: 40.0, 3: 30.0, 12: 117.0}
+  solved, said = matching.solve(found, lambda arm: cost[arm.config()['model']['depth']], 'flops')
+  steps = [arm.config()['steps'] for arm in solved]
+  assert steps == [350, 467, 120]
+  assert said == ['', '0.07% more FLOPs', '0.29% more FLOPs']
+  assert solved[0].solved == {}
+  second = solved[1].config()
+  assert (second['optimizer']['warmup_steps'], second['evaluate']['every']) == (27, 234)
+  assert second['model']['depth'] == 3
+
+
+def test_what_is_named_is_not_solved_for():
+  found = arms.of(QUICK, ['batch=16,32', 'optimizer.warmup_steps=10'])
+  solved, said = matching.solve(found, lambda arm: arm.config()['batch'], 'tokens')
+  assert solved[1].config()['steps'] == 175
+  assert solved[1].config()['optimizer']['warmup_steps'] == 10
+  assert said == ['', '']
+  with pytest.raises(UserError, match='take one of both'):
+    matching.solve(arms.of(QUICK, ['steps=50,60']), lambda arm: 1, 'tokens')
+  with pytest.raises(UserError, match='costs more tokens than all'):
+    matching.solve(found, lambda arm: 1 if arm is found[0] else 1000, 'tokens')
+
+
+def test_slots_share_the_machine(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  monkeypatch.setattr(runs, '_devices', lambda: ('cpu', 1))
+  assert [slot.cores for slot in runs.slots(2)] == [{0, 1}, {2, 3}]
+  assert runs.slots(1)[0].cores == {0, 1, 2, 3}
+  with pytest.raises(UserError, match='does not divide the 4 CPU cores'):
+    runs.slots(3)
+  monkeypatch.setattr(runs, '_devices', lambda: ('gpu', 8))
+  found = runs.slots(4)
+  assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in found] == ['0,1', '2,3', '4,5', '6,7']
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'GPU-a,GPU-b')
+  monkeypatch.setattr(runs, '_devices', lambda: ('gpu', 2))
+  assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in runs.slots(2)] == ['GPU-a', 'GPU-b']
+  monkeypatch.setattr(runs, '_devices', lambda: ('tpu', 4))
+  assert [s.environment['TPU_VISIBLE_CHIPS'] for s in runs.slots(4)] == ['0', '1', '2', '3']
+  with pytest.raises(UserError, match='--parallel=4 or 1'):
+    runs.slots(2)
+
+
+# -------------------------------------------------------------------------------------- for real
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+  """The command of an ablation of two names for one experiment, but for its last arguments."""
+  c = tiny('clm', steps=60, **{'checkpoint.every': 10, 'evaluate.every': 60, 'log.every': 5})
+  file = tmp_path / 'experiment.py'
+  file.write_text(
+    'import json\nfrom ml_collections import ConfigDict\n'
+    f'def get_config():\n  return ConfigDict(json.loads({json.dumps(c)!r}))\n'
+  )
+  where = tmp_path / 'ablation'
+  return where, [sys.executable, '-m', 'lmjax.ablate', f'--config={file}', f'--workdir={where}']
+
+
+def test_two_names_for_one_experiment_killed_in_the_middle(command):
+  where, argv = command
+  argv = [*argv, '--vary=label=one,two', '--seeds=2']
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, env=environment)
+  second = where / 'runs' / 'label=two' / '0'
+  while not (second / 'checkpoints' / '20').exists():
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.kill()
+  process.wait()
+  while _alive(second):  # it is told, and saves
+    time.sleep(0.05)
+  assert not (second / 'result.json').exists()
+  begun = (where / 'runs' / 'label=one' / '0' / 'result.json').stat().st_mtime
+
+  done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert (where / 'runs' / 'label=one' / '0' / 'result.json').stat().st_mtime == begun
+  assert 'the same: every seed ends with the same number' in done.stdout
+  study = json.loads((where / 'report.json').read_text())
+  (comparison,) = study['comparisons']
+  assert (comparison['outcome'], comparison['difference']) == ('same', 0.0)
+  assert study['arms'][0]['deviation'] > 0
+  lines = study['fixed']['lines']
+  assert 'batches seen: the same, bit for bit, in 2 of 2 pairs of runs' in lines
+  assert lines[-1].endswith('those of the reference in 20 of 20 arrays, in each seed')
+  assert not study['caveats']
+  assert comparison['verdict'] in (where / 'report.html').read_text()
+  assert comparison['verdict'] in (where / 'report.md').read_text()
+
+  file = argv[3].removeprefix('--config=')
+  with pytest.raises(
+    UserError, match='another ablation .it differs in arms label=three, label=two'
+  ):
+    ablate.Ablation(file, where, ['label=one,three']).prove()
+
+
+def _alive(workdir: pathlib.Path) -> bool:
+  said = subprocess.run(['pgrep', '-f', f'workdir={workdir}'], stdout=subprocess.PIPE).stdout
+  return bool(said.strip())
+
+
+class Process:
+  """In place of a run: ends with these codes, one start after the other."""
+
+  pid = 0
+
+  def __init__(self, code: int):
+    self.code = code
+
+  def poll(self) -> int:
+    return self.code
+
+  wait = kill = poll
+
+
+@pytest.fixture
+def ended(monkeypatch, tmp_path):
+  """ended(codes) -> what becomes of a run whose starts end so."""
+
+  def end(*codes: int, steps: bool = False) -> tuple[str, str]:
+    left = iter(codes)
+    (run,) = runs.planned(arms.of(QUICK, ['label=a,b'])[:1], [0], tmp_path)
+
+    def start(argv, stdout, **_):
+      run.workdir.mkdir(parents=True, exist_ok=True)
+      stdout.write(b'compiled the step\nlmjax: the loss is not finite\n')
+      code = next(left)
+      if code == 0:
+        (run.workdir / 'result.json').write_text('{}')
+      if steps:
+        count = len(list((run.workdir / 'checkpoints').glob('*')))
+        (run.workdir / 'checkpoints' / str(count)).mkdir(parents=True)
+      return Process(code)
+
+    monkeypatch.setattr(subprocess, 'Popen', start)
+    monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None)
+    monkeypatch.setattr(runs, 'POLL', 0)
+    assert list(runs.work([run], [runs.Slot({}, frozenset())])) == [run]
+    assert list(runs.work([run], [runs.Slot({}, frozenset())])) == []  # it has ended, for good
+    return run.outcome()
+
+  return end
+
+
+def test_ends_of_runs(ended):
+  assert ended(-signal.SIGKILL, 75, 0) == ('finished', '')
+
+
+def test_a_run_that_comes_further_is_not_given_up(ended):
+  assert ended(*[75] * (3 * runs.TRIES), 0, steps=True) == ('finished', '')
+
+
+def test_a_run_that_its_numbers_stop_is_an_outcome(ended):
+  assert ended(70) == ('diverged', 'the loss is not finite')
+
+
+@pytest.mark.parametrize('code', [1, 2, 74])
+def test_a_mistake_ends_the_ablation(ended, code):
+  with pytest.raises(UserError, match=rf'ended with {code}: the loss is not finite'):
+    ended(code)
+
+
+def test_a_run_without_progress_ends_the_ablation(ended):
+  with pytest.raises(UserError, match=rf'{runs.TRIES} times without a new checkpoint'):
+    ended(*[75] * 100)
+
+
+def test_an_arm_that_does_not_survive_is_not_judged_by_those_that_did():
+  made = {'arms': ['a', 'b'], 'outcome': 'better', 'verdict': 'better by 1'}
+  told = {
+    runs.Run(arms.Arm(QUICK, {'label': name}), seed, pathlib.Path('x'), True): {'status': status}
+    for name, seed, status in (
+      ('a', 0, 'finished'),
+      ('b', 0, 'finished'),
+      ('a', 1, 'finished'),
+      ('b', 1, 'diverged'),
+    )
+  }
+  names = {'arms': ['label=a', 'label=b']}
+  said = ablate.report._said(made | names, told)
+  assert said['outcome'] == 'diverged'
+  assert said['verdict'] == 'stopped by its numbers: label=b in 1 of 2 seeds'
