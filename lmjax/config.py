@@ -175,13 +175,13 @@ def arms(spec: str) -> list[Overrides]:
   return found
 
 
-def meant_for(spec: str) -> dict[str, Overrides]:
-  """The file's TOPOLOGIES: where the experiment is meant to run -> what it needs there."""
+def declared(spec: str, name: str, default: Any) -> Any:
+  """What the file says of itself, such as TOPOLOGIES; `default` where it says nothing."""
   with _opened(spec) as module:
-    meant = getattr(module, 'TOPOLOGIES', {})
-  if not isinstance(meant, dict):
-    raise UserError(f'TOPOLOGIES of {spec} is no dict of overrides')
-  return meant
+    found = getattr(module, name, default)
+  if type(found) is not type(default):
+    raise UserError(f'{name} of {spec} is no {type(default).__name__}')
+  return found
 
 
 def _experiment(spec: str) -> ConfigDict:

@@ -273,7 +273,7 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
 
   file = argv[3].removeprefix('--config=')
   with pytest.raises(
-    UserError, match='another ablation .it differs in arms label=three, label=two'
+    UserError, match=r'another ablation .it differs in arms label=three, label=two'
   ):
     ablate.Ablation(file, where, ['label=one,three']).prove()
 

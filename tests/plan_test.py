@@ -27,7 +27,7 @@ def job(tmp_path):
 
   def make(spec, topology, price=None, **overrides):
     cache = {'cache': str(tmp_path / 'cache')}
-    meant = config.meant_for(spec).get(topology, {})
+    meant = config.declared(spec, 'TOPOLOGIES', {}).get(topology, {})
     return plan.Job(spec, meant | cache | overrides, topology, price)
 
   return make

@@ -1,8 +1,6 @@
 """How many tokens should BERT predict?  15, 20, 30 or 40 % of them, at two learning rates.
 
-python -m lmjax.main --config experiments/ablations/mask_rate.py --workdir /tmp/lmjax/mask_rate
-
-This trains the first arm; sweep() lists all of them, each as overrides for the command line.
+python -m lmjax.ablate --config experiments/ablations/mask_rate.py --workdir DIR
 
 Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
 Wettig et al., 2023, find 40 % better than 15 % for large models.
@@ -15,11 +13,12 @@ TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
 
 def get_config():
   c = config.base(objective='mlm')
-  c.steps, c.batch, c.length = 2000, 16, 128
-  c.tokenizer.vocab_size = 4096
-  c.model.update(size='bert_mini', initializer='bert', ffn='gelu', scan=False)
+  c.steps, c.batch, c.length = 400, 32, 128
+  c.tokenizer.update(vocab_size=2048, model_type='unigram')
+  c.model.update(size='bert_tiny', initializer='bert', ffn='gelu', scan=False)
   c.model.update(norm_position='post', embed_norm=True)
-  c.optimizer.update(lr=5e-4, warmup_steps=200, weight_decay=0.01, clip=1.0)
+  c.optimizer.update(lr=1e-3, warmup_steps=40, weight_decay=0.01, clip=1.0)
+  c.checkpoint.every = c.evaluate.every = 100
   return c
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from lmjax import jsonio
+from lmjax import config, jsonio
 from lmjax.ablate import arms as arms_lib
 from lmjax.ablate import fixed, markdown, matching, page, report, runs
 from lmjax.ablate.arms import Arm
@@ -33,10 +33,12 @@ class Ablation:
     workdir: str,
     vary: Sequence[str] = (),
     seeds: int = 3,
-    match: str = 'steps',
+    match: str = '',
     may_move: Sequence[str] = (),
   ):
     """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
+
+    `match` and `may_move` are by default what the file says of itself as MATCH and MAY_MOVE.
 
     Raises:
       UserError: the arms do not load, or something moves that was not named; or the directory
@@ -44,13 +46,14 @@ class Ablation:
     """
     if seeds < 1:
       raise UserError(f'--seeds={seeds} must be at least 1')
+    match = match or config.declared(spec, 'MATCH', 'steps')
+    may_move = may_move or config.declared(spec, 'MAY_MOVE', ())
     if match not in matching.KINDS:
       raise UserError(f'--match={match} is nothing{did_you_mean(match, matching.KINDS)}')
     self.spec, self.match = spec, match
     self.directory = pathlib.Path(workdir).expanduser().absolute()
     asked = arms_lib.of(spec, vary)
     self.named = arms_lib.named(asked)
-    self._may_move = [*may_move]
     configs = {arm.name: arm.config() for arm in asked}
     arms_lib.check_moved(arms_lib.moved(configs), asked, may_move)
     first = configs[asked[0].name]['seed']

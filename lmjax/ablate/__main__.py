@@ -12,6 +12,7 @@ nothing, as of two arms that should not differ).
 import shlex
 import sys
 
+import jax
 from absl import flags
 
 from lmjax import ablate, command
@@ -28,6 +29,7 @@ def main() -> None:
     raise UserError('name a directory for the runs and the report with --workdir DIR')
   if f.parallel < 1:
     raise UserError(f'--parallel={f.parallel} must be at least 1')
+  jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
   made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move)
   print('\n'.join(made.prove()), flush=True)
   count = len(made.runs)
@@ -61,7 +63,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('config', '', 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_multi_string('vary', [], 'KEY=V1,V2: a key and its values, one an arm.')
   flags.DEFINE_integer('seeds', 3, 'How many seeds each arm is run with.')
-  flags.DEFINE_string('match', 'steps', 'What arms get as much of: steps, tokens, flops, time.')
+  flags.DEFINE_string('match', '', 'What arms get as much of: steps, tokens, flops or time.')
   flags.DEFINE_list('may_move', [], 'Keys that may differ because a variant says so.')
   flags.DEFINE_string('workdir', '', 'Where runs and report are kept.')
   flags.DEFINE_string('metric', '', 'What is compared, such as eval/validation/xent.')

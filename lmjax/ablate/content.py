@@ -19,6 +19,7 @@ WORDS = {  # for the outcomes of a comparison
   'same': 'the same',
   'inconclusive': 'inconclusive',
   'unknown': 'unknown',
+  'diverged': 'stopped by its numbers',
 }
 
 

@@ -6,7 +6,7 @@ from html import escape
 from lmjax.ablate import content, numbers, plots
 from lmjax.ablate.content import Block, Bullets, Commands, Study, Table, Text, Verdict
 
-MARKS = dict(zip(content.WORDS, '✓✕≈=?–', strict=True))
+MARKS = dict(zip(content.WORDS, '✓✕≈=?–✕', strict=True))
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #57606a;
   --card: #f6f8fa; --line: #d0d7de; --better: #00609a; --worse: #b04a00; }

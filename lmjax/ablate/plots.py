@@ -26,7 +26,7 @@ INK = '#010203'  # stands for the colour of the text around the plot
 # those of their colours that have a contrast of 3 to white and to nearly black.
 COLOURS = (INK, '#0072b2', '#d55e00', '#009e73', '#cc79a7')
 DASHES = ('', '6 2', '1.5 1.5', '7 2 1.5 2')  # by turns, when there are more arms than colours
-OUTCOMES = {'better': '#0072b2', 'worse': '#d55e00'}
+OUTCOMES = {'better': '#0072b2', 'worse': '#d55e00', 'diverged': '#d55e00'}
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs', 'seconds': 'time of training'}
 UNITS = {'seconds': 1, 'minutes': 60, 'hours': 3600}  # each from 2 of them on
 POINTS = 120  # of a curve

@@ -55,7 +55,7 @@ def jobs(
     UserError: an experiment names no topology, and none is given.
   """
   for spec in specs:
-    meant = config.meant_for(spec)
+    meant = config.declared(spec, 'TOPOLOGIES', {})
     if not (topologies or meant):
       raise UserError(f'{spec} names no hardware: say where with --topology')
     for arm in config.arms(spec) if sweep else [{}]:

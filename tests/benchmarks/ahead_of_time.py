@@ -52,7 +52,7 @@ def shipped() -> Iterator[tuple[str, str, config.Overrides, None]]:
   """Every variant of every experiment, wherever it is meant to run."""
   for path in sorted(pathlib.Path('experiments').glob('*.py')):
     for variant in runpy.run_path(str(path)).get('VARIANTS', ('',)):
-      for topology in config.meant_for(str(path)):
+      for topology in config.declared(str(path), 'TOPOLOGIES', {}):
         yield f'{path.name}:{variant}'.rstrip(':'), topology, {}, None
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     if flags.only and spec not in flags.only:
       continue
     path = f'experiments/{spec}'
-    meant = config.meant_for(path).get(topology, {})
+    meant = config.declared(path, 'TOPOLOGIES', {}).get(topology, {})
     job = plan.Job(path, meant | overrides | {'cache': flags.cache}, topology)
     entry = plan.plan(job)
     if entry['fits']:

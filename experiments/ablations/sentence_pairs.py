@@ -1,0 +1,29 @@
+"""Next sentence, order of sentences, or single texts?  What the second task does to the first.
+
+python -m lmjax.ablate --config experiments/ablations/sentence_pairs.py --workdir DIR
+
+Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
+Devlin et al., 2019, have the first; Liu et al., 2019, leave it out; Lan et al., 2020, have the
+second. Rows are cut differently with pairs, so that arms are compared by the yardstick.
+"""
+
+from lmjax import config
+
+TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+
+
+def get_config():
+  c = config.base(objective='mlm')
+  c.evaluate.yardstick = 64
+  c.steps, c.batch, c.length = 400, 32, 128
+  c.tokenizer.update(vocab_size=2048, model_type='unigram')
+  c.model.update(size='bert_tiny', initializer='bert', ffn='gelu', scan=False)
+  c.model.update(norm_position='post', embed_norm=True)
+  c.optimizer.update(lr=1e-3, warmup_steps=40, weight_decay=0.01, clip=1.0)
+  c.checkpoint.every = c.evaluate.every = 100
+  return c
+
+
+def sweep():
+  keys = ('types', 'next_sentence', 'sentence_order')  # `types` alone are single texts, as large
+  return [{f'objective.{key}': True} for key in keys]
