@@ -301,6 +301,13 @@ def test_colours_can_be_seen_on_both_papers():
       assert _contrast(line, colour['paper']) >= 3
 
 
+def test_without_margin_and_unit_nothing_is_said_of_them():
+  study = {**STUDIES['typical'], 'margin': 0.0, 'unit': '', 'lower_is_better': False}
+  for text in (Reader(page.render(study)).text, markdown.render(study)):
+    assert 'FLOPs, by eval/validation/loss: higher is better.' in text
+    assert not re.search('nats|margin|of no interest', text)
+
+
 @pytest.mark.parametrize(
   ('half', 'deviation', 'margin', 'said'),
   [

@@ -75,9 +75,10 @@ def headline(study: Study) -> str:
   """What was compared, in a line."""
   arms, seeds = numbers.many(len(study['arms']), 'arm'), numbers.many(len(_seeds(study)), 'seed')
   better = 'lower' if study['lower_is_better'] else 'higher'
+  least = f'; less than {study["margin"]:g}{numbers.unit(study)} is of no interest'
   return (
-    f'{arms} × {seeds} at the same {_matched(study)}, by {study["metric"]}: {better} is '
-    f'better, and less than {study["margin"]:g}{numbers.unit(study)} is of no interest.'
+    f'{arms} × {seeds} at the same {_matched(study)}, by {study["metric"]}: {better} is better'
+    f'{least if study["margin"] else ""}.'
   )
 
 

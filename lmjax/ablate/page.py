@@ -43,7 +43,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .25rem; max-width: 46rem; }
-.forest { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 2rem; }
+.forest { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .5rem 2rem; }
 .forest svg { flex: 0 1 32rem; }
 .forest figcaption { flex: 1 1 16rem; }
 .curves { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem,
@@ -114,10 +114,11 @@ def _card(verdict: Verdict) -> str:
 
 def _forest(study: Study) -> str:
   plot = plots.forest(study)
+  margin = f' Shaded: less than the margin of {study["margin"]:g}{numbers.unit(study)}.'
   caption = _name(
     f'Differences in {study["metric"]} from {study["arms"][0]["name"]}, with intervals that all '
-    f'hold at once with {100 * (1 - study["alpha"]):g} %. Shaded: less than the margin of '
-    f'{study["margin"]:g}{numbers.unit(study)}. Hollow points are not decided.'
+    f'hold at once with {100 * (1 - study["alpha"]):g} %.{margin if study["margin"] else ""} '
+    'Hollow points are not decided.'
   )
   figure = f'<figure class="forest">\n{plot}\n<figcaption>{caption}</figcaption>\n</figure>'
   return figure if plot else ''
