@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lmjax import check, errors, optimizer, train
 from lmjax.check import twin
@@ -182,6 +184,20 @@ def noise_is_stale(patch):
   patch.setattr(jax.random, 'fold_in', lambda key, data: key)
 
 
+def one_dropout_of_several_drops_nothing(patch):
+  patch.setattr(transformer, 'nn', _with_dropout(deterministic=True))
+
+
+def one_dropout_of_several_is_at_work_in_evaluation(patch):
+  patch.setattr(transformer, 'nn', _with_dropout(deterministic=False))
+
+
+def _with_dropout(deterministic):
+  """flax.linen, in which a dropout that is told at once whether to drop is told this."""
+  dropout = lambda rate, **told: nn.Dropout(rate, **dict.fromkeys(told, deterministic))
+  return types.SimpleNamespace(**vars(nn) | {'Dropout': dropout})
+
+
 def a_mean_of_means(patch):
   call = clm.CausalLM.__call__
 
@@ -232,6 +248,8 @@ MISTAKES = {  # oracle -> what it catches, where
   'optimizer': (the_step_goes_uphill, 'clm', {}),
   'decay': (norms_decay, 'clm', {'optimizer.weight_decay': 0.1}),
   'noise': (noise_is_stale, 'clm', DROPOUT),
+  'noise of all but one': (one_dropout_of_several_drops_nothing, 'clm', DROPOUT),
+  'noise in evaluation': (one_dropout_of_several_is_at_work_in_evaluation, 'clm', DROPOUT),
   'micro_batches': (a_mean_of_means, 'clm', {}),
   'sharded': (a_sum_of_one_device, 'clm', {}),
   'bfloat16': (logits_are_rounded, 'clm', {}),
