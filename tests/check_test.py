@@ -99,6 +99,17 @@ def the_mask_is_upside_down(patch):
   patch.setattr(corrupt, 'replace', turned)
 
 
+def choose_others(change):
+  """A mistake: another number of tokens is predicted than was asked."""
+
+  def mistake(patch):
+    choose = corrupt.choose_tokens
+    wrong = lambda candidates, counts, noise: choose(candidates, change(counts), noise)
+    patch.setattr(corrupt, 'choose_tokens', wrong)
+
+  return mistake
+
+
 def weights_are_too_large(patch):
   large = lambda role, fan_in, depth: jax.nn.initializers.normal(0.6)
   patch.setitem(layers.INITS, 'gpt2', large)
@@ -232,6 +243,12 @@ MISTAKES = {  # oracle -> what it catches, where
   'every_token': (the_letter_a_weighs_nothing, 'clm', {}),
   'next_token': (targets_are_not_shifted, 'clm', {}),
   'hidden': (the_mask_is_upside_down, 'mlm', {}),
+  'hidden too few': (choose_others(lambda counts: (counts + 1) // 2), 'mlm', {}),
+  'hidden too many': (
+    choose_others(lambda counts: counts + 2),
+    'mlm',
+    {'objective.predictions': 16},
+  ),
   'first_loss': (weights_are_too_large, 'clm', {}),
   'causality': (the_next_token_is_seen, 'clm', {}),
   'causality of both ways': (a_bert_looks_back_only, 'mlm', {}),
