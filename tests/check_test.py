@@ -122,6 +122,12 @@ def the_next_token_is_seen(patch):
   )
 
 
+def the_past_is_not_seen(patch):
+  """The causal mask is upside down."""
+  array = Mask.array
+  patch.setattr(Mask, 'array', lambda self, *a: array(self, *a).mT)
+
+
 def a_bert_looks_back_only(patch):
   array = Mask.array
   patch.setattr(Mask, 'array', lambda self, *a: array(self.replace(causal=True), *a))
@@ -286,6 +292,22 @@ def test_an_oracle_sees_the_mistake(tiny, monkeypatch, name):
     found = oracle(twin.of(tiny(objective, **own)))
   assert found.holds is False, found
   assert found.meaning
+
+
+@pytest.mark.parametrize(
+  ('name', 'mistake', 'objective', 'meaning'),
+  [
+    ('causality', the_next_token_is_seen, 'clm', 'It sees the future: '),
+    ('causality', the_past_is_not_seen, 'clm', 'It sees the future, and not what is before: '),
+    ('order', the_past_is_not_seen, 'clm', 'Earlier tokens are not seen at all'),
+    ('order', positions_are_forgotten, 'mlm', 'Positions do not reach the core'),
+  ],
+)
+def test_who_sees_whom_is_said(tiny, monkeypatch, name, mistake, objective, meaning):
+  mistake(monkeypatch)
+  found = check.ORACLES[name](twin.of(tiny(objective)))
+  assert found.holds is False
+  assert found.meaning.startswith(meaning)
 
 
 @pytest.fixture
