@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lmjax.data import overlap, statistics, store, tokenizer
+from lmjax.data import overlap, show, statistics, store, tokenizer
 from tests.conftest import documents
 from tests.contract_test import OBJECTIVES, make
 
@@ -226,6 +226,8 @@ def test_tables(parts, name):
   arguments = made.tokenizer, made.sources, made.stores, made.examples('train'), asked
   tables = statistics.tables(*arguments)
   assert all(len(line) == len(table.head) for table in tables for line in table.lines)
+  shown = [line for table in tables for line in show.table_on_terminal(table, 80, colour=False)]
+  assert max(map(len, shown)) <= 80
   rows, *fates, text, twice = tables
   assert len(fates) == (OBJECTIVES[name][0] == 'mlm')
   assert ('pair targets' in dict(rows.lines)) == (name in ('bert', 'albert', 'bert_packed'))

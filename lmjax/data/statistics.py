@@ -15,7 +15,7 @@ ROWS = 1000  # of the training set, spread evenly
 PLACES = 1 << 22  # .. that hold so many tokens at most
 DOCUMENTS = 1000  # of each source whose words are counted
 WINDOW = 200  # bytes that are no coincidence: 50 tokens of the usual size
-FREQUENT, RARE = 'frequent: half of the text', 'rare: the other half'
+FREQUENT, RARE = 'frequent: half of all', 'rare: the other half'
 ASKED = ('rate', 'mask_share', 'random_share')  # knobs of objectives that predict places
 CLASSES = (
   'special',
