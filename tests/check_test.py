@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lmjax import check, errors, optimizer, train
 from lmjax.check import twin
@@ -97,6 +99,17 @@ def the_mask_is_upside_down(patch):
   patch.setattr(corrupt, 'replace', turned)
 
 
+def choose_others(change):
+  """A mistake: another number of tokens is predicted than was asked."""
+
+  def mistake(patch):
+    choose = corrupt.choose_tokens
+    wrong = lambda candidates, counts, noise: choose(candidates, change(counts), noise)
+    patch.setattr(corrupt, 'choose_tokens', wrong)
+
+  return mistake
+
+
 def weights_are_too_large(patch):
   large = lambda role, fan_in, depth: jax.nn.initializers.normal(0.6)
   patch.setitem(layers.INITS, 'gpt2', large)
@@ -107,6 +120,12 @@ def the_next_token_is_seen(patch):
   patch.setattr(
     Mask, 'array', lambda self, *a: array(self, *a) | (jnp.eye(a[0], a[1], 1) > 0)[None]
   )
+
+
+def the_past_is_not_seen(patch):
+  """The causal mask is upside down."""
+  array = Mask.array
+  patch.setattr(Mask, 'array', lambda self, *a: array(self, *a).mT)
 
 
 def a_bert_looks_back_only(patch):
@@ -182,6 +201,20 @@ def noise_is_stale(patch):
   patch.setattr(jax.random, 'fold_in', lambda key, data: key)
 
 
+def one_dropout_of_several_drops_nothing(patch):
+  patch.setattr(transformer, 'nn', _with_dropout(deterministic=True))
+
+
+def one_dropout_of_several_is_at_work_in_evaluation(patch):
+  patch.setattr(transformer, 'nn', _with_dropout(deterministic=False))
+
+
+def _with_dropout(deterministic):
+  """flax.linen, in which a dropout that is told at once whether to drop is told this."""
+  dropout = lambda rate, **told: nn.Dropout(rate, **dict.fromkeys(told, deterministic))
+  return types.SimpleNamespace(**vars(nn) | {'Dropout': dropout})
+
+
 def a_mean_of_means(patch):
   call = clm.CausalLM.__call__
 
@@ -216,6 +249,12 @@ MISTAKES = {  # oracle -> what it catches, where
   'every_token': (the_letter_a_weighs_nothing, 'clm', {}),
   'next_token': (targets_are_not_shifted, 'clm', {}),
   'hidden': (the_mask_is_upside_down, 'mlm', {}),
+  'hidden too few': (choose_others(lambda counts: (counts + 1) // 2), 'mlm', {}),
+  'hidden too many': (
+    choose_others(lambda counts: counts + 2),
+    'mlm',
+    {'objective.predictions': 16},
+  ),
   'first_loss': (weights_are_too_large, 'clm', {}),
   'causality': (the_next_token_is_seen, 'clm', {}),
   'causality of both ways': (a_bert_looks_back_only, 'mlm', {}),
@@ -232,6 +271,8 @@ MISTAKES = {  # oracle -> what it catches, where
   'optimizer': (the_step_goes_uphill, 'clm', {}),
   'decay': (norms_decay, 'clm', {'optimizer.weight_decay': 0.1}),
   'noise': (noise_is_stale, 'clm', DROPOUT),
+  'noise of all but one': (one_dropout_of_several_drops_nothing, 'clm', DROPOUT),
+  'noise in evaluation': (one_dropout_of_several_is_at_work_in_evaluation, 'clm', DROPOUT),
   'micro_batches': (a_mean_of_means, 'clm', {}),
   'sharded': (a_sum_of_one_device, 'clm', {}),
   'bfloat16': (logits_are_rounded, 'clm', {}),
@@ -251,6 +292,22 @@ def test_an_oracle_sees_the_mistake(tiny, monkeypatch, name):
     found = oracle(twin.of(tiny(objective, **own)))
   assert found.holds is False, found
   assert found.meaning
+
+
+@pytest.mark.parametrize(
+  ('name', 'mistake', 'objective', 'meaning'),
+  [
+    ('causality', the_next_token_is_seen, 'clm', 'It sees the future: '),
+    ('causality', the_past_is_not_seen, 'clm', 'It sees the future, and not what is before: '),
+    ('order', the_past_is_not_seen, 'clm', 'Earlier tokens are not seen at all'),
+    ('order', positions_are_forgotten, 'mlm', 'Positions do not reach the core'),
+  ],
+)
+def test_who_sees_whom_is_said(tiny, monkeypatch, name, mistake, objective, meaning):
+  mistake(monkeypatch)
+  found = check.ORACLES[name](twin.of(tiny(objective)))
+  assert found.holds is False
+  assert found.meaning.startswith(meaning)
 
 
 @pytest.fixture
@@ -293,4 +350,6 @@ def test_the_command(tiny, tmp_path):
   found = re.findall(r'^(?:holds|    -)  (\w+): ', got.stdout, re.M)
   assert found == list(check.ORACLES)
   assert 'sharded: under "fsdp" on data 2 x model 2 ' in got.stdout
-  assert got.stdout.endswith('\nall holds that should\n')
+  *_, last = got.stdout.splitlines()
+  assert last.startswith('all holds that should, of a small twin')
+  assert 'the data, the tokenizer and the vocabulary of the run itself were not looked at' in last

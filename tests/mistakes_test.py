@@ -279,6 +279,7 @@ RUN = ['main', '--config', CLM, '--workdir', '/tmp/x']
     (['data', '--help'], 'build|show'),
     (['record', '--help'], 'diff'),
     (['data', 'shew', '--config', CLM], 'show'),
+    (['check', 'resum', '--config', CLM], '"resum" is neither `resume` nor a flag'),
   ],
   ids=lambda x: ' '.join(x) if isinstance(x, list) else '',
 )

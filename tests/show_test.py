@@ -108,6 +108,41 @@ def test_blocks_are_segments(parts, name):
       assert block.about == ', '.join(expected) or block.about.endswith('weight 0')
 
 
+@every_objective
+def test_the_legend_has_what_occurs_and_nothing_else(parts, name):
+  made = make(parts, name)
+  batch = loader.Loader(made.examples('train'), 8, 0).batch(0)
+  legend = show.legend(show.row(batch, r, made.tokenizer) for r in range(8))
+  assert legend.startswith('A token stands over its target; ')
+  for text in ('[MASK] over', '≠', '= and itself'):
+    assert (text in legend) == ('places' in batch)
+  assert ('pair_1 is class 1' in legend) == ('pair_places' in batch)
+  assert '␣ is a space' in legend
+  assert '⇥' not in legend
+  assert '×' not in legend
+
+
+def test_a_lower_line_is_faint_where_the_weight_is_0():
+  t = tokenizer.get('characters', ['0×a'])
+  zero, times, a = t.encode('0×a')
+  batch = {'tokens': [zero, times, a], 'targets': [times, a, zero], 'weights': [10, 1, 0]}
+  row = show.row({key: np.array([x]) for key, x in batch.items()}, 0, t)
+  text = ''.join(show.page('x', [], [('a row', row)]))
+  assert re.findall('<i class="(.*?)">(.*?)</i>', text) == [
+    ('', '10××'),
+    ('', 'a'),
+    ('faint', '0×0'),
+  ]
+  *_, lower = show.on_terminal(row, 60, colour=True)
+  assert lower.endswith('\x1b[2m0×0\x1b[0m\x1b[2m|\x1b[0m')
+  assert '× is the weight of a target' in show.legend([row])
+
+
+def test_a_table_without_a_note_has_no_paragraph_for_it():
+  table = Table('A title', ('', 'n'), [('one', '1')])
+  assert '<p></p>' not in ''.join(show.page('x', [table], []))
+
+
 def test_weights_that_are_no_0_or_1_and_keys_of_an_objectives_own():
   t = tokenizer.get('bytes', ())
   a, b, c = t.encode('abc')
@@ -255,7 +290,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, environment, tty,
 
 
 def test_the_command(tiny, tmp_path):
-  c = tiny('mlm', **OBJECTIVES['bert'][1])
+  c = tiny('mlm', **OBJECTIVES['bert'][1], cache=str(tmp_path / 'cache'))
   shown = [sys.executable, '-m', 'lmjax.data', 'show', as_file(c, tmp_path), '--rows=2']
   environment = os.environ | {'PYTHONIOENCODING': 'ascii'}
   done = subprocess.run(shown, capture_output=True, timeout=120, env=environment)
@@ -264,6 +299,8 @@ def test_the_command(tiny, tmp_path):
   assert said.count('\nRow ') == 2
   assert '\x1b' not in said
   assert 'What is there twice' in said
+  assert 'tokenizing' not in said
+  assert re.search('^tokenizing .*train.txt$', done.stderr.decode(), re.M)
   out = tmp_path / 'rows.html'
   done = subprocess.run([*shown, f'--html={out}'], capture_output=True, timeout=120)
   assert done.returncode == 0, done.stderr.decode()

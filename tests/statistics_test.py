@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lmjax.data import overlap, statistics, store, tokenizer
+from lmjax.data import overlap, show, statistics, store, tokenizer
 from tests.conftest import documents
 from tests.contract_test import OBJECTIVES, make
 
@@ -25,6 +25,24 @@ def in_shards(texts: list[str], cuts: tuple[int, ...] = (0, 5, 9)) -> store.Stor
   bounds = [*whole.documents[list(cuts)].tolist(), len(whole)]
   shards = [whole.read(a, b) for a, b in itertools.pairwise(bounds)]
   return store.Store(shards, whole.documents, whole.sentences, whole.num_bytes, '')
+
+
+@pytest.mark.parametrize('n', [0, 1, 7, 60, 1000])
+@pytest.mark.parametrize('count', [0, 1, 3, 60])
+def test_a_sample_has_the_middles_of_equal_parts(n, count):
+  found = overlap.spread(n, count)
+  assert len(found) == min(n, count)
+  assert (found * len(found) // max(1, n) == np.arange(len(found))).all()  # one of each part
+  assert (np.abs(found + found[::-1] - (n - 1)) <= 1).all()  # and no end is nearer than the other
+
+
+def test_the_only_row_with_padding_is_no_more_than_it_is(parts, monkeypatch):
+  examples = parts('clm').examples('train')
+  monkeypatch.setattr(statistics, 'ROWS', len(examples) // 4)
+  every = examples(np.arange(len(examples)), np.zeros(len(examples), np.int64))
+  padding = lambda batch: (~statistics.is_text(batch)).mean()
+  assert 0 < padding(every) * len(examples) < 1  # of the last row
+  assert padding(statistics.sample(examples)) <= padding(every)
 
 
 @pytest.mark.parametrize('name', MASKED)
@@ -113,7 +131,7 @@ def test_spans_are_what_rows_hold(parts):
 def test_fertility_is_that_of_the_documents_looked_at(parts, monkeypatch):
   made = parts('clm')
   source, whole = made.sources['train'], made.stores['train']
-  for most, chosen in ((1000, range(60)), (3, (0, 29, 59))):
+  for most, chosen in ((1000, range(60)), (3, (10, 30, 50))):
     monkeypatch.setattr(statistics, 'DOCUMENTS', most)
     texts = [source[i] for i in chosen]
     words, tokens = (sum(map(len, x)) for x in (map(str.split, texts), map(str.encode, texts)))
@@ -208,6 +226,8 @@ def test_tables(parts, name):
   arguments = made.tokenizer, made.sources, made.stores, made.examples('train'), asked
   tables = statistics.tables(*arguments)
   assert all(len(line) == len(table.head) for table in tables for line in table.lines)
+  shown = [line for table in tables for line in show.table_on_terminal(table, 80, colour=False)]
+  assert max(map(len, shown)) <= 80
   rows, *fates, text, twice = tables
   assert len(fates) == (OBJECTIVES[name][0] == 'mlm')
   assert ('pair targets' in dict(rows.lines)) == (name in ('bert', 'albert', 'bert_packed'))

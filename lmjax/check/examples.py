@@ -6,6 +6,7 @@ from lmjax.check.twin import Finding, Twin
 from lmjax.data import loader
 
 MANY = 64  # rows to look at
+SHORT = 1  # targets that a row may lack: whole words that fit leave 0.7 of a place, or less
 
 
 def function_of_the_step(twin: Twin) -> Finding:
@@ -66,7 +67,7 @@ def next_token(twin: Twin) -> Finding:
 
 
 def hidden(twin: Twin) -> Finding:
-  """What is to be predicted is hidden, as often as the objective asks, and nothing else is."""
+  """As many tokens as the objective asks for are hidden, as often as it asks, and no others."""
   if 'places' not in twin.batch:
     return Finding(None, 'the objective hides no tokens')
   made, o = _rows(twin), twin.objective
@@ -84,12 +85,25 @@ def hidden(twin: Twin) -> Finding:
     far |= bool(abs(found.mean() - asked) > limit)
     saw.append(f'{found.mean():.1%} {name}, of {asked:.1%}')
   others = (made['tokens'] == twin.tokenizer.mask).sum() - masked.sum()
+  asked, chosen = _asked(twin, made), real.sum(axis=1)
+  many = int((chosen > np.maximum(1, np.ceil(asked))).sum())
+  few = np.floor(asked).sum() - chosen.sum() > SHORT * len(chosen)
   return Finding(
-    bool(not far and not others),
-    f'of {count} targets {", ".join(saw)}; {others} other tokens are masked',
-    'The mask is put where nothing is predicted, or not as often as it should be, or targets are '
-    'taken from a text that is corrupted already.',
+    bool(not far and not others and not many and not few),
+    f'a row has {chosen.mean():.1f} targets, of {asked.mean():.1f}; {many} rows have too many; '
+    f'of all {count} {", ".join(saw)}; {others} other tokens are masked',
+    'Too many or too few tokens are predicted, or the mask is put where nothing is predicted, or '
+    'not as often as it should be, or targets are taken from a text that is corrupted already.',
   )
+
+
+def _asked(twin: Twin, made: dict[str, np.ndarray]) -> np.ndarray:
+  """How many targets the objective asks for in each row, not rounded."""
+  clean, o = made['tokens'].copy(), twin.objective
+  row, slot = np.nonzero(made['weights'])
+  clean[row, made['places'][row, slot]] = made['targets'][row, slot]
+  ordinary = ~twin.tokenizer.special[clean]
+  return np.minimum(o.rate * ordinary.sum(axis=1), o.predictions or np.inf)
 
 
 def _rows(twin: Twin) -> dict[str, np.ndarray]:

@@ -194,10 +194,16 @@ def decay(twin: Twin) -> Finding:
 
 
 def noise(twin: Twin) -> Finding:
-  """Dropout is drawn anew in every step."""
+  """Every dropout is at work in training, drawn anew in every step, and none is in evaluation."""
   asked = [key for key in _noises(twin) if twin.config['model'][key]]
   if not asked:
     return Finding(None, 'there is no dropout, as asked')
+  idle = [name for name, works in sorted(twin.dropouts(train=True)) if not works]
+  noisy = [name for name, works in sorted(twin.dropouts(train=False)) if works]
+  if idle or noisy:
+    saw = f'do nothing in training: {", ".join(idle) or "none"}'
+    saw += f'; at work in evaluation: {", ".join(noisy) or "none"}'
+    return Finding(False, saw, 'These do not heed `train`: look at what is handed to nn.Dropout.')
   seen = {}
   for key in asked:
     alone = {other: 0.0 for other in asked if other != key}

@@ -23,11 +23,12 @@ def causality(twin: Twin) -> Finding:
   causal, back, forth = twin.objective.causal, np.max(back), np.max(forth)
   saw = f'later tokens move the loss by {back:.1e}, earlier ones by {forth:.1e}'
   if causal and not back <= UNMOVED:
+    what = 'It sees the future' if forth > MOVED else 'It sees the future, and not what is before'
     return Finding(
       False,
       saw,
-      'It sees the future: look at the mask that the objective hands to the core (models/attention'
-      '.py, Mask), and at whatever in the core mixes places.',
+      f'{what}: look at the mask that the objective hands to the core (models/attention.py, Mask), '
+      'and at whatever in the core mixes places.',
     )
   if not forth > MOVED or not (causal or back > MOVED):
     return Finding(
@@ -43,15 +44,20 @@ def order(twin: Twin) -> Finding:
   """The same tokens in another order are another text."""
   if getattr(twin.core, 'positions', '') == 'none':
     return Finding(None, 'the model has no positions, as asked')
-  length, moved = twin.config['length'], []
-  for cut in np.array([1, 2, 3]) * length // 4:
-    later = kept(twin.batch, np.arange(length)[None] >= cut)
+  places, moved, others = np.arange(twin.config['length'])[None], [], []
+  for cut in np.array([1, 2, 3]) * places.size // 4:
+    later = kept(twin.batch, places >= cut)
     turned = later['tokens'].copy()
     turned[:, 1:cut] = turned[:, 1:cut][:, ::-1]
     moved.append(change(twin.loss(later | {'tokens': turned}), twin.loss(later)))
-  saw = f'with earlier tokens turned round the loss moves by {np.max(moved):.1e}'
+    others.append(_moved(twin, later, places < cut))
   return Finding(
-    bool(np.max(moved) > MOVED), saw, 'Positions do not reach the core: models/positions.py.'
+    bool(np.max(moved) > MOVED),
+    f'earlier tokens turned round move the loss by {np.max(moved):.1e}, others in their place by '
+    f'{np.max(others):.1e}',
+    'Positions do not reach the core: models/positions.py.'
+    if np.max(others) > MOVED
+    else 'Earlier tokens are not seen at all, in whatever order: see `causality`.',
   )
 
 

@@ -100,6 +100,24 @@ class Twin(experiment.Sketch):
     """The sum over all places that weigh something, with the wide parameters."""
     return float(sum(float(term.total) for term in self.totals(self.wide, batch)[0].values()))
 
+  def dropouts(self, train: bool) -> set[tuple[str, bool]]:
+    """(path, whether it drops anything) of each nn.Dropout with a rate above 0 that is called."""
+    found = set()
+
+    def look(call, args, kwargs, context):
+      result = call(*args, **kwargs)
+      if isinstance(context.module, nn.Dropout) and context.module.rate > 0:
+        handed_on = any(result is x for x in (*args, *kwargs.values()))
+        found.add(('.'.join(context.module.path), not handed_on))
+      return result
+
+    apply = lambda params, key: self.model.apply(
+      {'params': params}, self.batch, train=train, rngs={'dropout': key}
+    )
+    with self.here(), nn.intercept_methods(look):
+      jax.eval_shape(apply, self.params, jax.random.key(0))
+    return found
+
   @functools.cached_property
   def slope(self) -> Any:
     """(parameters, batch) -> (loss, gradients): of the sum of the terms' means, in evaluation."""

@@ -5,25 +5,26 @@ show: the first rows that training sees, token by token, and numbers about all o
 --html FILE.html as a page to look at in a browser.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from absl import flags
 from ml_collections import config_flags
 
 from lmjax import command, config, experiment, terminal
 from lmjax.data import loader, statistics
-from lmjax.data.show import LEGEND, Row, on_terminal, page, row, table_on_terminal
+from lmjax.data.show import Row, legend, on_terminal, page, row, table_on_terminal
 from lmjax.errors import UserError
 
 
-def build(parts: experiment.Experiment) -> None:
+def build(parts: experiment.Experiment, digests: Mapping[str, str]) -> None:
   t = parts.tokenizer
-  print(f'tokenizer {t.name}: {t.vocab_size:,} ids, fingerprint {t.fingerprint}')
+  print(f'tokenizer {t.name}: {t.vocab_size:,} ids, fingerprint {digests["tokenizer"]}')
   for name, store in parts.stores.items():
     examples = parts.examples(name)
     text = statistics.is_text(statistics.sample(examples)).mean()
@@ -31,7 +32,7 @@ def build(parts: experiment.Experiment) -> None:
     print(
       f'{name}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, {tokens:,} tokens '
       f'({store.num_bytes / tokens:.2f} bytes each), {rows:,} rows of {parts.config["length"]}, '
-      f'{text:.1%} of them text; digest {store.digest}; {store.path}'
+      f'{text:.1%} of them text; digest {digests[name]}; {store.path}'
     )
 
 
@@ -50,7 +51,7 @@ def tables(parts: experiment.Experiment) -> list[statistics.Table]:
 
 
 def show(parts: experiment.Experiment, count: int, out: str) -> None:
-  made, of = tables(parts), rows(parts, count)
+  made, of = tables(parts), list(rows(parts, count))
   if out:
     with open(out, 'w', encoding='utf-8', errors='backslashreplace') as file:
       file.writelines(page(f'{parts.sources["train"].spec} as the model sees it', made, of))
@@ -60,7 +61,7 @@ def show(parts: experiment.Experiment, count: int, out: str) -> None:
   sys.stdout.reconfigure(errors='backslashreplace')  # not every encoding has all characters
   for table in made:
     print(*table_on_terminal(table, width, colour), '', sep='\n')
-  print(*textwrap.wrap(LEGEND, width), sep='\n')
+  print(*textwrap.wrap(legend(about for _, about in of), width), sep='\n')
   for title, about in of:
     print(f'\n{title}', *on_terminal(about, width, colour), sep='\n')
 
@@ -71,9 +72,11 @@ def main() -> None:
     raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if doing == 'show':
     _check(f.rows, f.html)
-  parts = experiment.prepare(config.resolve(f.config))
+  with contextlib.redirect_stdout(sys.stderr):  # what is being made is no part of the report
+    parts = experiment.prepare(config.resolve(f.config))
+    digests = parts.digests
   if doing == 'build':
-    build(parts)
+    build(parts, digests)
   else:
     show(parts, f.rows, f.html)
 

@@ -69,10 +69,15 @@ def _is_in_sample(lengths: np.ndarray, one_in: int) -> np.ndarray:
   return (lengths.astype(np.uint64) * np.uint64(_BASE) >> np.uint64(32)) % np.uint64(one_in) == 0
 
 
+def spread(n: int, count: int) -> np.ndarray:
+  """int64, so many of n indices, or all: the middles of equal parts, so that no end weighs more."""
+  count = min(n, count)
+  return (2 * np.arange(count) + 1) * n // (2 * count or 1)
+
+
 def stretches(tokens: int, budget: int) -> Iterator[tuple[int, int]]:
   """Bounds of pieces that cover so many tokens, or hold `budget` of them, spread evenly."""
-  pieces = -(-tokens // CHUNK)
-  for piece in np.unique(np.linspace(0, pieces - 1, min(pieces, budget // CHUNK)).astype(int)):
+  for piece in spread(-(-tokens // CHUNK), budget // CHUNK).tolist():
     yield piece * CHUNK, min((piece + 1) * CHUNK, tokens)
 
 

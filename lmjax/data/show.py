@@ -8,9 +8,10 @@ Nothing of a text reaches a terminal or browser but letters: what controls eithe
 
 import html
 import itertools
+import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,16 @@ STYLES = {
   'kept': ('30;42', 'background: #3c58'),
   'faint': ('2', 'opacity: .5'),
 }
-LEGEND = (
-  'A token stands over its target. Of a predicted one: [MASK] over what was there, a random token '
-  'over ≠ and what was there, or the token itself over = and itself; pair_1 is class 1, and 0× '
-  'weighs nothing. Spelt are ␣ space, ↵ line feed, ⇥ tab, and <17> is the id of what is no text by '
-  'itself.'
-)
+MEANINGS = {  # of the signs in a row
+  'masked': '[MASK] over what was there',
+  'random': 'a random token over ≠ and what was there',
+  'kept': 'one that is kept over = and itself',
+  '×': 'what stands before × is the weight of a target',
+  '␣': '␣ is a space',
+  '↵': '↵ is a line feed',
+  '⇥': '⇥ is a tab',
+  '<>': '<17> is the id of what is no text by itself',
+}
 _SPELT = {' ': '␣', '\n': '↵', '\t': '⇥', '\x7f': '␡'}
 _KNOWN = ('tokens', 'targets', 'weights', 'segments', 'positions', 'types')
 _PAGE = """<!DOCTYPE html>
@@ -78,6 +83,7 @@ class Block(NamedTuple):
 class Row(NamedTuple):
   blocks: list[Block]
   notes: list[str]  # what belongs to no place
+  signs: frozenset[str] = frozenset()  # keys of MEANINGS, and the NAME_ of classes
 
 
 def visible(text: str) -> str:
@@ -128,7 +134,32 @@ def row(batch: Mapping[str, np.ndarray], number: int, tokenizer: Tokenizer) -> R
     Cell(text, ' '.join(under), str(kind), f'place {place}, id {tokens[place]}')
     for place, (text, under, kind) in enumerate(zip(texts, below, kinds, strict=True))
   ]
-  return Row([_block(own, cells, *bounds) for bounds in itertools.pairwise(_cuts(own))], notes)
+  blocks = [_block(own, cells, *bounds) for bounds in itertools.pairwise(_cuts(own))]
+  return Row(blocks, notes, frozenset(_signs(own, cells)))
+
+
+def _signs(own: Mapping[str, np.ndarray], cells: list[Cell]) -> Iterator[str]:
+  said = ' '.join(text for cell in cells for text in cell[:2])
+  yield from (cell.kind for cell in cells)
+  yield from (sign for sign in _SPELT.values() if sign in said)
+  if re.search(r'<\d+>', said):
+    yield '<>'
+  for name in ('', *(key.removesuffix('places') for key in own if key.endswith('_places'))):
+    weights = own[f'{name}weights']
+    if f'{name}places' in own:
+      weights = weights[weights != 0]
+    if (weights != 1).any():
+      yield '×'
+    if name and len(weights):
+      yield name
+
+
+def legend(rows: Iterable[Row]) -> str:
+  """What the signs in these rows mean, and no others."""
+  signs = frozenset().union(*(shown.signs for shown in rows))
+  said = [meaning for sign, meaning in MEANINGS.items() if sign in signs]
+  said += [f'{name}1 is class 1' for name in sorted(signs) if name.endswith('_')]
+  return '; '.join(['A token stands over its target', *said]) + '.'
 
 
 def _weighed(weight: float, text: str) -> str:
@@ -191,7 +222,7 @@ def table_on_terminal(table: Table, width: int, colour: bool) -> Iterator[str]:
   yield from textwrap.wrap(table.note, width)
 
 
-def page(title: str, tables: Iterable[Table], rows: Iterable[tuple[str, Row]]) -> Iterator[str]:
+def page(title: str, tables: Iterable[Table], rows: Sequence[tuple[str, Row]]) -> Iterator[str]:
   """A page that needs nothing else, in parts; `rows` have titles."""
   e = html.escape
   styles = '\n'.join(f'.{kind} {{{css}}}' for kind, (_, css) in STYLES.items())
@@ -202,8 +233,8 @@ def page(title: str, tables: Iterable[Table], rows: Iterable[tuple[str, Row]]) -
       ['th', *['td'] * len(table.lines)], [table.head, *table.lines], strict=True
     ):
       yield '<tr>' + ''.join(f'<{tag}>{e(x)}</{tag}>' for x in line) + '</tr>\n'
-    yield f'</table></div>\n<p>{e(table.note)}</p>\n'
-  yield f'<p>{e(LEGEND)}</p>\n'
+    yield '</table></div>\n' + (f'<p>{e(table.note)}</p>\n' if table.note else '')
+  yield f'<p>{e(legend(shown for _, shown in rows))}</p>\n'
   for name, shown in rows:
     yield f'<h2>{e(name)}</h2>\n' + ''.join(f'<p>{e(note)}</p>\n' for note in shown.notes)
     for block in shown.blocks:
@@ -220,7 +251,7 @@ def _painter(colour: bool) -> Callable[[str, str], str]:
 
 
 def _kind_below(cell: Cell) -> str:
-  return 'faint' if '0×' in cell.below or cell.kind == 'faint' else ''
+  return cell.kind if cell.kind == 'faint' else ''
 
 
 def _lines(cells: list[Cell], width: int) -> Iterator[list[Cell]]:

@@ -15,7 +15,7 @@ ROWS = 1000  # of the training set, spread evenly
 PLACES = 1 << 22  # .. that hold so many tokens at most
 DOCUMENTS = 1000  # of each source whose words are counted
 WINDOW = 200  # bytes that are no coincidence: 50 tokens of the usual size
-FREQUENT, RARE = 'frequent: half of the text', 'rare: the other half'
+FREQUENT, RARE = 'frequent: half of all', 'rare: the other half'
 ASKED = ('rate', 'mask_share', 'random_share')  # knobs of objectives that predict places
 CLASSES = (
   'special',
@@ -55,7 +55,7 @@ def sample(examples: Any) -> dict[str, np.ndarray]:
   """A batch of up to ROWS rows, spread evenly over the first epoch."""
   first = examples(np.zeros(1, np.int64), np.zeros(1, np.int64))
   count = min(ROWS, max(8, PLACES // first['tokens'].shape[1]))
-  indices = np.unique(np.linspace(0, len(examples) - 1, count).astype(np.int64))
+  indices = overlap.spread(len(examples), count)
   return examples(indices, np.zeros_like(indices))
 
 
@@ -122,7 +122,7 @@ def truncated(spans: np.ndarray, store: Store) -> int:
 
 def fertility(source: Source, store: Store) -> Fertility:
   """Of up to DOCUMENTS documents, spread evenly."""
-  chosen = np.unique(np.linspace(0, len(source) - 1, DOCUMENTS).astype(np.int64))
+  chosen = overlap.spread(len(source), DOCUMENTS)
   tokens = int((np.diff(store.documents)[chosen] - 1).sum())
   return Fertility(len(chosen), sum(len(source[i].split()) for i in chosen.tolist()), tokens)
 

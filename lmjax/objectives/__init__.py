@@ -20,7 +20,10 @@ section `objective`.  It has
       each place of the token after it, or, where it does not continue texts, of its own.
   scores_every_token: whether `xent` is of all tokens of a text, so that it has bits per byte.
   separates: whether rows hold texts that do not see each other, told apart by `segments`.
-  visible, mask_share: of the targets in `places`, those that are there to be seen, or masked.
+  rate, predictions: the share of a row's ordinary tokens that become targets in `places`, and how
+      many do at most (None: as many as that).  Rounded, it is one at least; whole words may lack
+      one.
+  visible, mask_share: of those targets, the ones that are there to be seen, or masked.
   counts_tokens: the fields that are numbers of tokens, which shrink with the rows.
 
 A batch is dict[str, array] with the rows in front.  Keys that end in `weights` are loss weights: 0
