@@ -270,6 +270,15 @@ def test_noise():
   assert alone == nothing | {'deviation': math.sqrt(0.5)}
 
 
+def test_rounding_is_no_noise():
+  reference = np.array([0.1, 2.2, 4.4])
+  runs = np.array([reference, reference + 0.01])
+  assert np.ptp(runs[1] - runs[0]) > 0
+  found = statistics.noise(values(runs), 0.05, 0.8)
+  assert found['detectable'] is found['pairing_gain'] is compared(runs)[0].pairing_gain is None
+  assert found['deviation'] == pytest.approx(np.std(reference, ddof=1))
+
+
 # ------------------------------------------------------------------------------------------ words
 
 PAIRS = np.array([1.0, -1.0, 0.0]) * 0.001  # deviation 0.001, so that an interval is ± 0.0025
