@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,13 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   assert comparison['verdict'] in (where / 'report.md').read_text()
 
   file = argv[3].removeprefix('--config=')
+  more = ablate.Ablation(file, where, ['label=one,two'], seeds=3)
+  more.prove()
+  assert [run.outcome()[0] for run in more.runs] == ['finished'] * 4 + ['unfinished'] * 2
+  for run in more.runs[4:]:  # as if they had run
+    shutil.copytree(more.runs[0].workdir, run.workdir)
+  (caveat,) = more.study('again')['caveats']
+  assert caveat.startswith('seeds were added after a look (there were 2, 3)')
   with pytest.raises(
     UserError, match=r'another ablation .it differs in arms label=three, label=two'
   ):

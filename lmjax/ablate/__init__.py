@@ -21,6 +21,10 @@ from lmjax.ablate.runs import Run
 from lmjax.config import did_you_mean
 from lmjax.errors import UserError
 
+LOOKS = (
+  'seeds were added after a look (there were {seeds}): with {count} looks a difference is called '
+  'where there is none up to {count} times as often as alpha says: --alpha can be so much smaller'
+)
 PROBE = 12  # steps by which the time of one is measured
 
 
@@ -104,17 +108,31 @@ class Ablation:
       },
     }
     now = json.loads(json.dumps(now))
+    self._looks = before.pop('looks', []) if before else []
     if before and before != now:
       others = sorted(before['arms'].keys() ^ now['arms'].keys())
       what = f'arms {", ".join(others)}' if others else 'the configs or the matching of its arms'
       raise UserError(
         f'{self.directory} holds another ablation (it differs in {what}): choose another --workdir'
       )
+    self._said = now
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
-      jsonio.write(epath.Path(self.directory / 'ablation.json'), now)
+      self._write()
     except OSError as e:
       raise UserError(f'cannot write into {self.directory}: {e.strerror or e}') from e
+
+  def _write(self) -> None:
+    jsonio.write(epath.Path(self.directory / 'ablation.json'), {**self._said, 'looks': self._looks})
+
+  def _look(self) -> list[str]:
+    """Remembers that these seeds were looked at: who adds some has another chance to err."""
+    if all(run.outcome()[0] != 'unfinished' for run in self.runs):
+      self._looks = sorted({*self._looks, len(self.seeds)})
+      self._write()
+    count = len(self._looks)
+    seeds = ', '.join(map(str, self._looks))
+    return [LOOKS.format(seeds=seeds, count=count)] if count > 1 else []
 
   def _seconds_of_a_step(self, arm: Arm) -> float:
     """Measured: a short run on what the runs will have."""
@@ -156,6 +174,7 @@ class Ablation:
       'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
     }
     study = report.collect(about, self.arms, self.facts, self.runs, metric, margin)
+    study['caveats'] += self._look()
     for name, text in (
       ('report.json', json.dumps(study, indent=1) + '\n'),
       ('report.md', markdown.render(study)),
