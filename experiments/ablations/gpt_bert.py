@@ -9,7 +9,7 @@ Asked for the same tokens, BERT sees both sides of them and GPT what stands befo
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 VARIANTS = ('gpt', 'bert')
 MATCH, MAY_MOVE = 'flops', ('objective',)
 

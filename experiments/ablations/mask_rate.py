@@ -8,7 +8,7 @@ Wettig et al., 2023, find 40 % better than 15 % for large models.
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

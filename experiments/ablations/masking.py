@@ -8,7 +8,7 @@ Liu et al., 2019, find dynamic masks as good or slightly better.  It takes sever
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

@@ -8,7 +8,7 @@ Xiong et al., 2020: after the sum it wants a warm-up and a smaller learning rate
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

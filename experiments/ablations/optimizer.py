@@ -9,7 +9,7 @@ Arms are many: with 3 seeds only large differences are told from chance.
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

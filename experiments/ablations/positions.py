@@ -8,7 +8,7 @@ Su et al., 2021 (rotary); Press et al., 2022 (alibi); Raffel et al., 2020 (relat
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

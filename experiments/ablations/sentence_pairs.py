@@ -9,7 +9,7 @@ second. Rows are cut differently with pairs, so that arms are compared by the ya
 
 from lmjax import config
 
-TOPOLOGIES = {'cpu:1': {}, 'h100:1': {}}
+TOPOLOGIES = {'cpu:1': {}}
 
 
 def get_config():

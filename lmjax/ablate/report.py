@@ -51,7 +51,7 @@ def collect(
   }
   reference = [*values[arms[0].name].values()]
   if margin is None:
-    margin = 0.005 * abs(numbers.fmean(reference)) if reference else 0.0
+    margin = float(f'{0.005 * abs(numbers.fmean(reference)):.2g}') if reference else 0.0
   unit = UNITS.get(kind, 'nats')
   about = {**about, 'metric': metric, 'unit': unit, 'margin': margin}
   about['lower_is_better'] = kind not in HIGHER
