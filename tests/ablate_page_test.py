@@ -23,9 +23,10 @@ from lmjax.ablate import content, markdown, numbers, page, plots
 NASTY = [
   '<script>alert("1")</script>&amp;',
   'a|b&"c"\'d\' $x$ `e` 中 -- __x__',
-  '_f_ *g* [h](i) ]]>',
+  '_f_ *g* [h](i) ]]> ```',
 ]
 LOSS = 'eval/validation/loss'
+SETTINGS = dict(matplotlib.rcParams)
 VOID = ('meta', 'wbr')
 
 
@@ -228,7 +229,10 @@ def test_markdown_tables_are_straight(name):
   for line in text.splitlines():
     if line.startswith('```'):
       fence = '' if fence else line.removesuffix('sh')
-    elif not fence:
+      assert set(fence) <= {'`'}
+    elif fence:
+      assert fence not in line
+    else:
       assert not re.search(r'<|(?<!\\)`|\]\(', line)
       cells = len(re.findall(r'(?<!\\)\|', line))
       assert not cells or line.startswith('| ')
@@ -244,10 +248,10 @@ def test_markdown_tables_are_straight(name):
 
 def test_same_bytes_in_another_process():
   """And neither pyplot nor JAX is needed, and what matplotlib is set to stays as it was."""
-  study, before = copy.deepcopy(STUDIES['names']), dict(matplotlib.rcParams)
+  study = copy.deepcopy(STUDIES['names'])
   digest = hashlib.sha256(page.render(study).encode()).hexdigest()
   assert study == STUDIES['names']
-  assert dict(matplotlib.rcParams) == before
+  assert dict(matplotlib.rcParams) == SETTINGS
   code = (
     'import hashlib, json, sys\nfrom lmjax.ablate import page\n'
     'print(hashlib.sha256(page.render(json.load(sys.stdin)).encode()).hexdigest())\n'
@@ -327,7 +331,8 @@ def test_numbers_have_the_digits_that_matter(half, deviation, margin, said):
 
 
 @pytest.mark.parametrize(
-  ('seconds', 'said'), [(None, '–'), (3.21, '3.21 s'), (340, '5.7 min'), (90000, '25.0 h')]
+  ('seconds', 'said'),
+  [(None, '–'), (3.21, '3.21 s'), (340, '5.7 min'), (7000, '116.7 min'), (90000, '25.0 h')],
 )
 def test_durations(seconds, said):
   assert numbers.duration(seconds) == said
