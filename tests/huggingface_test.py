@@ -371,9 +371,29 @@ def test_nothing_is_written_over(published, tmp_path):
   with pytest.raises(UserError, match='is not empty'):
     huggingface.to_workdir(directory, directory)
   (directory / 'tokenizer.json').unlink()
-  with pytest.raises(UserError, match='there is no tokenizer in'):
+  files = 'tokenizer.json or vocab.txt or vocab.json with merges.txt or .* or tokenizer.model or'
+  with pytest.raises(UserError, match=f'there is no tokenizer in .*out: copy .* {files}'):
     huggingface.to_workdir(directory, tmp_path / 'in')
   assert not (tmp_path / 'in').exists()
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'bytes'])
+def test_a_tokenizer_that_others_do_not_have(tiny, tmp_path, capsys, kind):
+  own = {'name': kind} | ({'vocab_size': 340} if kind == 'sentencepiece' else {})
+  c = config.base('clm', tokenizer=kind).tokenizer.to_dict() | own
+  train.run(tiny(steps=3, tokenizer=c), str(tmp_path / 'run'))
+  capsys.readouterr()
+  huggingface.from_workdir(tmp_path / 'run', tmp_path / 'out')
+  said = capsys.readouterr().err
+  assert f'`transformers` has no tokenizer like "{kind}": none is written' in said
+  if kind == 'bytes':
+    assert said.endswith('; and `import` needs one\n')
+    return
+  kept, where = re.search(r'; copy (\S+) to (\S+) before you `import` it\n', said).groups()
+  shutil.copy(kept, where)
+  huggingface.to_workdir(tmp_path / 'out', tmp_path / 'in')
+  (was, _), (now, _) = (params_of(tmp_path / name) for name in ('run', 'in'))
+  assert now.tokenizer.fingerprint == was.tokenizer.fingerprint
 
 
 def test_the_command(published, tmp_path):

@@ -21,7 +21,7 @@ from lmjax import config as config_lib
 from lmjax import experiment, jsonio, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import did_you_mean
-from lmjax.data.pieces import Tokenizer
+from lmjax.data.pieces import SentencePiece, Tokenizer
 from lmjax.errors import UserError
 from lmjax.evaluate import restore_params
 from lmjax.huggingface import tokens, weights
@@ -177,7 +177,10 @@ def to_workdir(
     raise UserError(f'{place} is not empty: choose another workdir')
   made = tokens.find(source.directory, source.vocab_size)
   if made is None:
-    raise UserError(f'there is no tokenizer in {source.directory}')
+    raise UserError(
+      f'there is no tokenizer in {source.directory}: copy there the one that these weights were '
+      f'trained with, as {" or ".join(tokens.FILES)}'
+    )
   where = {'path': str(place / 'tokenizer' / 'tokenizer.model'), 'vocab_size': source.vocab_size}
   c = _resolved(source, made.name, where, overrides or {})
   sketch = experiment.sketch(c)
@@ -233,7 +236,10 @@ def from_workdir(
   scratch.mkdir(parents=True)
   weights.write(scratch, {full(name): x for name, x in arrays.items()})
   if not tokens.write(t, scratch, types=about.get('type_vocab_size', 0) > 1):
-    say(f'`transformers` has no tokenizer like "{t.name}": none is written')
+    after = 'and `import` needs one'
+    if isinstance(t, SentencePiece):
+      after = f'copy {parts.saved_tokenizer}/tokenizer.model to {directory} before you `import` it'
+    say(f'`transformers` has no tokenizer like "{t.name}": none is written; {after}')
   jsonio.write(scratch / 'config.json', {**about, 'dtype': 'float32'})
   scratch.rename(directory)
 

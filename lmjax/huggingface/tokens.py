@@ -11,6 +11,7 @@ from lmjax.errors import UserError
 
 _MERGES = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # the latter of OpenAI
 _MODELS = ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
+FILES = ('tokenizer.json', 'vocab.txt', *map(' with '.join, _MERGES), *_MODELS)  # any will do
 
 
 def find(directory: epath.Path, vocab_size: int) -> Tokenizer | None:
