@@ -34,8 +34,13 @@ LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every'), 0)
 LEAST |= dict.fromkeys(('evaluate.batches', 'evaluate.yardstick'), 0)
 LEAST |= dict.fromkeys(('guard.limit', 'guard.replicas', 'checkpoint.minutes'), 0)
 LEAST |= dict.fromkeys(('steps', 'batch', 'micro_batches', 'length', 'checkpoint.every'), 1)
-LEAST |= {'virtual_shards': 1}
-LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every'), 1)
+LEAST |= dict.fromkeys(('checkpoint.keep_last', 'evaluate.every', 'log.every', 'virtual_shards'), 1)
+_SAID = {  # of a value, by the parsers of flags -> by us
+  'invalid literal for int': 'is no whole number',
+  'could not convert string to float': 'is no number',
+  r"\('Non-boolean": 'is neither True nor False',
+  'Failed to parse .* as a ConfigDict': 'is no dict: give it as {"name": …}',
+}
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -161,9 +166,16 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None
   try:
     rest = values(argv)
   except flags.Error as e:
-    raise UserError(str(e)) from e
+    raise UserError(_plain(str(e))) from e
   if len(rest) > 1:
     raise UserError(f'"{rest[1]}" is not a flag; flags begin with "--"')
+
+
+def _plain(said: str) -> str:
+  for words, ours in _SAID.items():
+    if found := re.match(f'flag (--.+?)=(.*?): {words}', said, re.DOTALL):
+      return f'{found[1]}={found[2]} {ours}'
+  return said
 
 
 def arms(spec: str) -> list[Overrides]:

@@ -310,6 +310,24 @@ def test_who_sees_whom_is_said(tiny, monkeypatch, name, mistake, objective, mean
   assert found.meaning.startswith(meaning)
 
 
+@pytest.mark.parametrize(
+  ('mistake', 'idle', 'noisy'),
+  [
+    (lambda patch: None, [], []),
+    (one_dropout_of_several_drops_nothing, ['Dropout_0', 'Dropout_1'], []),
+    (one_dropout_of_several_is_at_work_in_evaluation, [], ['Dropout_0', 'Dropout_1']),
+  ],
+)
+def test_dropouts_are_known_by_their_paths(tiny, monkeypatch, mistake, idle, noisy):
+  mistake(monkeypatch)
+  made = twin.of(tiny('clm', **DROPOUT, **{'model.attention_dropout': 0.1}))
+  blocks, others = ('Dropout_0', 'Dropout_1', 'attention.Dropout_0'), {'core.input_dropout'}
+  path = lambda names: {f'core.blocks.{name}' for name in names}
+  training, evaluation = made.dropouts(train=True), made.dropouts(train=False)
+  assert training == {(name, name not in path(idle)) for name in path(blocks) | others}
+  assert {name for name, works in evaluation if works} == path(noisy)
+
+
 @pytest.fixture
 def two_oracles(monkeypatch):
   """So that a start takes a second."""

@@ -273,6 +273,7 @@ RUN = ['main', '--config', CLM, '--workdir', '/tmp/x']
     (['record', 'diff', '/nowhere', '/nowhere'], 'no run in /nowhere'),
     (['data', 'show'], '--config'),
     (['data', 'show', '--config', CLM, '--rows=0'], '--rows=0 must be at least 1'),
+    (['data', 'show', '--config', CLM, '--rows=x'], '--rows=x is no whole number\n'),
     (['data', 'show', '--config', CLM, '--html=/nowhere/x.html'], 'no directory /nowhere for'),
     (['data', 'show', '--config', CLM, '--html=x.py'], 'does not end in .html'),
     (['data', 'build', '--config', CLM, '--rows=3'], "Unknown command line flag 'rows'"),

@@ -111,11 +111,12 @@ class Twin(experiment.Sketch):
         found.add(('.'.join(context.module.path), not handed_on))
       return result
 
-    apply = lambda params, key: self.model.apply(
-      {'params': params}, self.batch, train=train, rngs={'dropout': key}
+    apply = lambda params, batch, key: self.model.apply(
+      {'params': params}, batch, train=train, rngs={'dropout': key}
     )
+    of = self.params, self.batch  # made here, or what makes them would be looked at, too
     with self.here(), nn.intercept_methods(look):
-      jax.eval_shape(apply, self.params, jax.random.key(0))
+      jax.eval_shape(apply, *of, jax.random.key(0))
     return found
 
   @functools.cached_property
