@@ -16,7 +16,8 @@
 # --launch              sky jobs launch, instead of printing
 # --dry_run             with --launch: print the commands that would be run
 #
-# SkyPilot starts the job again when its machines are taken away, and when a node leaves with code 75.
+# SkyPilot (0.14 has been looked at) starts the job again when its machines are taken away, and when a node leaves with
+# code 75, for which it knows no limit.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=options.sh
 . "$(dirname "$0")/options.sh"

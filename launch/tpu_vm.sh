@@ -22,7 +22,8 @@
 #
 # The code goes there as one archive of lmjax/, experiments/ and what pip needs, so that what runs is what is here, and
 # no host needs access to a repository.  The run outlives the connection: if that breaks it is found again, and the
-# same command with --existing finds it too.  Ctrl-C ends this script, and deletes what it has created without --keep.
+# same command with --existing finds it too.  Ctrl-C, SIGTERM and a closed terminal end this script, which then deletes
+# what it has created, without --keep.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=options.sh
 . "$(dirname "$0")/options.sh"
@@ -97,6 +98,7 @@ obtain() { # returns when the machines are there, or 75 when they will not be
 attempt() {
   [[ ${o[existing]} == yes ]] || obtain || return
   [[ $ready ]] || prepare || return 1
+  began=$SECONDS
   set -m # a group of its own, with the ssh that gcloud starts
   "${ssh[@]}" "$follow" < /dev/null &
   child=$!
@@ -116,15 +118,15 @@ trap 'exit 143' TERM HUP
 [[ ${o[existing]} == yes || ! $(state) ]] || mistake "${o[name]} is there already: name another, or use it with --existing"
 pack
 for ((tries = 1; ; tries++)); do
-  began=$SECONDS code=0
+  began='' code=0
   attempt || code=$?
   case $code in
-    1 | 75) ;;        # 1 is of gcloud
+    1 | 75) ;; # 1 is gcloud's
     101) code=1 && break ;;
-    255) code=75 ;;   # the connection
+    255) code=75 ;; # the connection's
     *) break ;;
   esac
-  ((SECONDS - began < o[steady])) || tries=1
+  [[ ! $began ]] || ((SECONDS - began < o[steady])) || tries=1
   now=$([[ ! $created ]] || state)
   if [[ $now =~ ^(FAILED|SUSPEND|DELET) ]]; then
     say "${o[name]} is $now"

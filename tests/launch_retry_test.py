@@ -119,6 +119,13 @@ WHOLE = 'create scp ssh ssh delete'
     ),
     (NEW, {'ssh': [0, 255], 'describe': ['', 'ACTIVE', 'SUSPENDED']}, 75, WHOLE),
     ([*NEW, '--retries=1'], {'describe': ['', 'FAILED']}, 75, 'create delete'),
+    # Waiting is no running.
+    (
+      [*NEW, '--spot', '--retries=1', '--steady=1', '--poll=1'],
+      {'describe': ['', *(['CREATING', 'FAILED', 'FAILED'] * 3)]},
+      75,
+      'create delete create delete',
+    ),
     ([*NEW, '--retries=0'], {'describe': ['']}, 75, 'create delete'),
     ([*TPU, '--existing'], {'ssh': [0, 75, 0]}, 0, 'scp ssh ssh ssh'),
     ([*TPU, '--existing'], {'ssh': [0, 2]}, 2, 'scp ssh ssh'),
