@@ -17,6 +17,7 @@ from lmjax.ablate.fixed import Facts
 from lmjax.errors import UserError
 
 QUICK, RATE = 'experiments/quickstart.py', 'experiments/ablations/mask_rate.py'
+SPACED = pathlib.Path('/tmp/a b')
 VARIED = {
   ('optimizer.lr=0.1,0.2',): ['optimizer.lr=0.1', 'optimizer.lr=0.2'],
   ('config.seed=1,2', 'batch=4,8'): [
@@ -66,13 +67,15 @@ def test_mistakes_in_arms(name):
   assert said in str(e.value)
 
 
-def test_an_arm_is_a_command_line():
-  (_, arm) = arms.of(QUICK, ['variant=gpt,bert', 'label=a'])
-  assert arm.command('/tmp/a b', seed=3) == (
+def test_a_run_is_a_command_line():
+  first, again = runs.planned(arms.of(QUICK, ['variant=bert,gpt', 'label=a'])[:1], [3, 4], SPACED)
+  assert first.command == (
     'python -m lmjax.main --config=experiments/quickstart.py:bert --config.seed=3 '
-    "'--workdir=/tmp/a b'"
+    "'--workdir=/tmp/a b/runs/variant=bert,label=a/3'"
   )
-  assert arm.config()['objective']['name'] == 'mlm'
+  # The oracles are tried once in each arm.
+  assert [run.command.endswith('--config.check=False') for run in (first, again)] == [False, True]
+  assert first.arm.config()['objective']['name'] == 'mlm'
 
 
 # -------------------------------------------------------------------------- nothing else may move
@@ -276,6 +279,9 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   more = ablate.Ablation(file, where, ['label=one,two'], seeds=3)
   more.prove()
   assert [run.outcome()[0] for run in more.runs] == ['finished'] * 4 + ['unfinished'] * 2
+  left = [*argv[:-1], '--seeds=3', '--launch=print']
+  said = subprocess.run(left, capture_output=True, text=True, check=True)
+  assert said.stdout.splitlines() == [run.command for run in more.runs[4:]]
   for run in more.runs[4:]:  # as if they had run
     shutil.copytree(more.runs[0].workdir, run.workdir)
   (caveat,) = more.study('again')['caveats']

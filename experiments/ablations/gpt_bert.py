@@ -1,8 +1,11 @@
 """The same Transformer for the same FLOPs as a GPT and as a BERT: who knows more of a token?
 
-python -m lmjax.ablate --config experiments/ablations/gpt_bert.py --workdir DIR
+python -m lmjax.ablate --config experiments/ablations/gpt_bert.py --seeds 2 --workdir DIR
 
-Hardware: 2 CPU cores.  Time: not yet run.  Result: not yet run.
+Hardware: 2 shared CPU cores, busy with other work.  Time: a minute of training a run, of 4.
+Result: of the same masked tokens BERT knows less, by 1.05 ± 0.12 nats (5.62 and 4.57; 2 seeds,
+p = 0.006), which says nothing of longer runs.
+
 Asked for the same tokens, BERT sees both sides of them and GPT what stands before
 (lmjax/yardstick.py).
 """

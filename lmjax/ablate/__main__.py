@@ -9,6 +9,7 @@ KEY is one of the config, `variant` (the argument of the file), or `label` (a na
 nothing, as of two arms that should not differ).
 """
 
+import contextlib
 import shlex
 import sys
 
@@ -31,14 +32,15 @@ def main() -> None:
     raise UserError(f'--parallel={f.parallel} must be at least 1')
   jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
   made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move)
-  print('\n'.join(made.prove()), flush=True)
+  with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
+    print('\n'.join(made.prove()), flush=True)
+  left = [run for run in made.runs if run.outcome()[0] == 'unfinished']
+  if f.launch == 'print' and left:
+    print('\n'.join(run.command for run in left))
+    return
   count = len(made.runs)
-  if f.launch == 'print':
-    print('\n'.join(run.command for run in made.runs if run.outcome()[0] == 'unfinished'))
-  else:
-    done = sum(run.outcome()[0] != 'unfinished' for run in made.runs)
-    for number, run in enumerate(made.work(f.parallel), start=done + 1):
-      print(f'{number} of {count}: {run.arm.name} seed {run.seed} {said(run)}', flush=True)
+  for number, run in enumerate(made.work(f.parallel), start=count - len(left) + 1):
+    print(f'{number} of {count}: {run.arm.name} seed {run.seed} {said(run)}', flush=True)
   study = made.study(
     shlex.join(['python', '-m', 'lmjax.ablate', *sys.argv[1:]]),
     f.metric,
@@ -72,5 +74,5 @@ if __name__ == '__main__':
   flags.DEFINE_float('power', 0.8, 'How often one as large as the margin is to be found.')
   flags.DEFINE_float('price_per_hour', None, 'Of this machine, in any currency.', lower_bound=0)
   flags.DEFINE_integer('parallel', 1, 'How many runs share this machine.')
-  flags.DEFINE_enum('launch', 'here', LAUNCH, 'Run here, or print the commands that are left.')
+  flags.DEFINE_enum('launch', 'here', LAUNCH, 'Run here, or print what is left to run.')
   command.run(main)

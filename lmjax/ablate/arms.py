@@ -33,10 +33,9 @@ class Arm:
     own = {} if seed is None else {'seed': seed}
     return config.flags_of(self.spec, self.overrides | self.solved | own)
 
-  def command(self, workdir: str = '', seed: int | None = None) -> str:
-    """What a shell is told to run it."""
-    where = [f'--workdir={workdir}'] if workdir else []
-    return shlex.join(['python', '-m', 'lmjax.main', *self.flags(seed), *where])
+  def command(self) -> str:
+    """What a shell is told to run it, but for seed and workdir."""
+    return shlex.join(['python', '-m', 'lmjax.main', *self.flags()])
 
   def config(self) -> dict[str, Any]:
     """Resolved; a UserError where it is none."""

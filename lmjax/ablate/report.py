@@ -13,8 +13,18 @@ from lmjax.ablate.fixed import Facts
 from lmjax.ablate.runs import Run, results
 from lmjax.errors import UserError
 
-HIGHER = ('accuracy', 'mlm_accuracy', 'nsp_accuracy')  # are better the higher they are
-UNITS = {'bits_per_byte': 'bits per byte', 'perplexity': '', **dict.fromkeys(HIGHER, '')}
+HIGHER = (
+  'accuracy',
+  'mlm_accuracy',
+  'nsp_accuracy',
+  'masked_accuracy',
+)  # are better the higher they are
+UNITS = {
+  'bits_per_byte': 'bits per byte',
+  'pseudo_bits_per_byte': 'bits per byte',
+  'perplexity': '',
+  **dict.fromkeys(HIGHER, ''),
+}
 SAME = ('code', 'versions', 'machine', 'environment')  # of the records of all runs
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shlex
 import signal
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ class Run:
 
   @property
   def command(self) -> str:
-    return self.arm.command(str(self.workdir), self.seed)
+    return shlex.join(['python', '-m', 'lmjax.main', *self.argv])
 
   @property
   def log(self) -> pathlib.Path:
