@@ -162,6 +162,11 @@ COMPARABLE = {  # second arm, named -> metrics of those below that compare
     ['tokenizer.vocab_size'],
     {'bits_per_byte'},
   ),
+  'sets of other names': (
+    {'sets': {'test': 'v'}, 'sources': {'train': 'a', 'test': 'b'}},
+    ['data.eval'],
+    {'masked_xent'},
+  ),
   'other texts': (
     {'sets': {'validation': 'w'}, 'sources': {'train': 'a', 'validation': 'c'}},
     ['data.eval'],
@@ -206,6 +211,20 @@ def test_what_is_named_is_not_solved_for():
     matching.solve(arms.of(QUICK, ['steps=50,60']), lambda arm: 1, 'tokens')
   with pytest.raises(UserError, match='costs more tokens than all'):
     matching.solve(found, lambda arm: 1 if arm is found[0] else 1000, 'tokens')
+
+
+def test_what_was_measured_holds_when_it_goes_on(monkeypatch, tmp_path):
+  monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
+
+  def proved(seconds: dict[int, float]) -> list[tuple]:
+    made = ablate.Ablation(QUICK, tmp_path, ['model.depth=4,2'], match='time')
+    monkeypatch.setattr(made, '_seconds_of_a_step', lambda a: seconds[a.config()['model']['depth']])
+    assert made.prove()[2].startswith('steps: 350, ')
+    return [(arm.config()['steps'], made.remainders[arm.name]) for arm in made.arms]
+
+  first = proved({4: 0.4, 2: 0.3})
+  assert first == [(350, ''), (467, '0.07% more seconds')]
+  assert proved({4: 0.4, 2: 0.1}) == first
 
 
 def test_slots_share_the_machine(monkeypatch):

@@ -79,11 +79,11 @@ class Ablation:
     }[self.match]
     kept = self._kept()
     self.arms, remainders = matching.solve(self._asked, cost, self.match)
-    if kept and self.match == 'time':  # what was measured then holds
-      self.arms = [
-        Arm(arm.spec, arm.overrides, kept['arms'][arm.name]['solved']) for arm in self._asked
-      ]
     self.remainders = {arm.name: x for arm, x in zip(self.arms, remainders, strict=True)}
+    if kept and self.match == 'time':  # what was measured then holds
+      known = lambda arm, key: kept['arms'].get(arm.name, {}).get(key)
+      self.arms = [Arm(a.spec, a.overrides, known(a, 'solved') or {}) for a in self._asked]
+      self.remainders = {arm.name: known(arm, 'remainder') for arm in self.arms}
     self.facts: list[Facts] = [
       facts[arm.name]._replace(steps=arm.config()['steps']) for arm in self.arms
     ]
@@ -103,7 +103,11 @@ class Ablation:
       'spec': self.spec,
       'match': self.match,
       'arms': {
-        arm.name: {'solved': arm.solved, 'config': {**arm.config(), 'check': None}}
+        arm.name: {
+          'solved': arm.solved,
+          'remainder': self.remainders[arm.name],
+          'config': {**arm.config(), 'check': None},
+        }
         for arm in self.arms
       },
     }

@@ -121,15 +121,15 @@ def comparable(facts: Sequence[Facts], named: Sequence[str], reported: set[str])
   objective = any(key == 'variant' or key.split('.')[0] == 'objective' for key in named)
   found = {}
   for metric in sorted(reported):
-    _, name, kind = metric.split('/')
+    name, _, kind = metric.removeprefix('eval/').rpartition('/')
     why = ''
     if name == 'yardstick':
       if any(one.tokenizer != facts[0].tokenizer for one in facts):
         why = 'the arms have tokenizers of their own'
     elif kind == 'bits_per_byte':
-      if any(one.sources[name] != facts[0].sources[name] for one in facts):
+      if any(one.sources.get(name) != facts[0].sources.get(name) for one in facts):
         why = 'it is of other texts'
-    elif any(one.sets.get(name) != facts[0].sets[name] for one in facts):
+    elif any(one.sets.get(name) != facts[0].sets.get(name) for one in facts):
       why = 'the arms are asked for other things, or of other rows'
     elif objective and kind not in SHARED:
       why = 'the objective is another, and so is what it adds up'

@@ -25,6 +25,7 @@ UNITS = {
   'perplexity': '',
   **dict.fromkeys(HIGHER, ''),
 }
+PLACES = ('CUDA_VISIBLE_DEVICES', 'TPU_VISIBLE_CHIPS')  # which share of the machine a run had
 SAME = ('code', 'versions', 'machine', 'environment')  # of the records of all runs
 
 
@@ -132,6 +133,8 @@ def _run(run: Run) -> dict[str, Any]:
   if (run.workdir / 'record.json').exists():
     written = record.read(run.workdir, 'record.json')
     made['record'] = {key: written.get(key) for key in SAME}
+    variables = (written.get('environment') or {}).items()
+    made['record']['environment'] = {key: x for key, x in variables if key not in PLACES}
   if status == 'finished':
     result = results(run)
     made['metrics'] = {key: x for key, x in result['metrics'].items() if key.startswith('eval/')}
