@@ -255,7 +255,7 @@ def test_same_bytes_in_another_process():
   code = (
     'import hashlib, json, sys\nfrom lmjax.ablate import page\n'
     'print(hashlib.sha256(page.render(json.load(sys.stdin)).encode()).hexdigest())\n'
-    "assert not {'matplotlib.pyplot', 'jax'} & set(sys.modules)\n"
+    "assert 'matplotlib.pyplot' not in sys.modules\n"
   )
   done = subprocess.run(
     [sys.executable, '-c', code],
