@@ -25,9 +25,10 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from lmjax import schema
 from lmjax.errors import UserError
-from lmjax.sweep import BESIDE, Overrides, chain, product, zipped
+from lmjax.sweep import Overrides, arguments, chain, flags_of, product, zipped
 
-__all__ = ['chain', 'product', 'zipped']  # what experiments make their sweeps with
+# What experiments make their sweeps with, and what an element is on a command line.
+__all__ = ['arguments', 'chain', 'flags_of', 'product', 'zipped']
 
 OPEN = ('data.eval', 'optimizer.args')  # sections whose keys are the user's own
 LEAST = dict.fromkeys(('seed', 'checkpoint.keep_every'), 0)
@@ -82,8 +83,7 @@ def base(
   c.sharding.strategy = 'replicate'  # a row of sharding.RULES
   c.sharding.replica = config_dict.placeholder(int)  # sizes of the mesh's axes; None: the slices
   c.sharding.data = -1  # one may be -1, for all that the others leave
-  c.sharding.sequence = 1
-  c.sharding.model = 1
+  c.sharding.sequence = c.sharding.model = 1
   c.sharding.max_unsharded = 0.1  # a larger share of parameters whole on every device is an error
 
   c.checkpoint = ConfigDict()
@@ -143,18 +143,6 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   parse_flags(argv, values)
   return holder.value
-
-
-def arguments(overrides: Mapping[str, Any]) -> list[str]:
-  """{'objective.rate': 0.3} -> ['--config.objective.rate=0.3']."""
-  return [f'--config.{key}={value}' for key, value in overrides.items() if key not in BESIDE]
-
-
-def flags_of(spec: str, overrides: Mapping[str, Any]) -> list[str]:
-  """An element of the experiment's sweep as the flags that load it."""
-  file = spec.partition(':')[0]
-  spec = f'{file}:{overrides["variant"]}' if 'variant' in overrides else spec
-  return [f'--config={spec}', *arguments(overrides)]
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

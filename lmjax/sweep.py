@@ -30,3 +30,15 @@ def _expand(part: Mapping[str, Iterable[Any]] | list[Overrides]) -> list[Overrid
   if isinstance(part, list):
     return part
   return [dict(zip(part, values, strict=True)) for values in itertools.product(*part.values())]
+
+
+def arguments(overrides: Mapping[str, Any]) -> list[str]:
+  """{'objective.rate': 0.3} -> ['--config.objective.rate=0.3']."""
+  return [f'--config.{key}={value}' for key, value in overrides.items() if key not in BESIDE]
+
+
+def flags_of(spec: str, overrides: Mapping[str, Any]) -> list[str]:
+  """An element of the experiment's sweep as the flags that load it."""
+  file = spec.partition(':')[0]
+  spec = f'{file}:{overrides["variant"]}' if 'variant' in overrides else spec
+  return [f'--config={spec}', *arguments(overrides)]
