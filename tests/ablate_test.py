@@ -20,11 +20,11 @@ QUICK, RATE = 'experiments/quickstart.py', 'experiments/ablations/mask_rate.py'
 SPACED = pathlib.Path('/tmp/a b')
 VARIED = {
   ('optimizer.lr=0.1,0.2',): ['optimizer.lr=0.1', 'optimizer.lr=0.2'],
-  ('config.seed=1,2', 'batch=4,8'): [
-    'seed=1,batch=4',
-    'seed=1,batch=8',
-    'seed=2,batch=4',
-    'seed=2,batch=8',
+  ('config.steps=1,2', 'batch=4,8'): [
+    'steps=1,batch=4',
+    'steps=1,batch=8',
+    'steps=2,batch=4',
+    'steps=2,batch=8',
   ],
   ('label=one,two',): ['label=one', 'label=two'],
   ('variant=gpt,bert',): ['variant=gpt', 'variant=bert'],
@@ -51,6 +51,7 @@ def test_without_vary_the_arms_are_those_of_the_file():
 MISTAKES = {
   'one arm': (['steps=5'], 'there is one arm only (steps=5)'),
   'a key twice': (['steps=5,6', 'steps=7,8'], 'a key is varied twice'),
+  'seeds': (['seed=1,2'], 'every arm gets the same seeds'),
   'a value twice': (['steps=5,5'], 'two arms are called steps=5'),
   'no value': (['steps='], '--vary=steps= is not KEY=V1,V2'),
   'no key': (['=1,2'], '--vary==1,2 is not KEY=V1,V2'),

@@ -6,7 +6,6 @@ value of each parameter that arms share, so that differences are taken seed by s
 
 import json
 import pathlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -169,7 +168,6 @@ class Ablation:
     about = {
       'title': self.spec,
       'command': command,
-      'made': time.strftime('%Y-%m-%d'),
       'match': self.match,
       'alpha': alpha,
       'power': power,

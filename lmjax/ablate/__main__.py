@@ -30,6 +30,8 @@ def main() -> None:
     raise UserError('name a directory for the runs and the report with --workdir DIR')
   if f.parallel < 1:
     raise UserError(f'--parallel={f.parallel} must be at least 1')
+  if not 0 < f.alpha < f.power < 1:
+    raise UserError(f'--alpha={f.alpha} must be above 0 and below --power={f.power}, that below 1')
   jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
   made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):

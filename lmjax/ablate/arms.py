@@ -53,6 +53,8 @@ def of(spec: str, vary: Sequence[str]) -> list[Arm]:
     raise UserError('a key is varied twice: give all its values at once, as KEY=V1,V2')
   found = [Arm(spec, one) for one in (product(varied) if varied else config.arms(spec))]
   names = [arm.name for arm in found]
+  if any('seed' in arm.overrides for arm in found):
+    raise UserError('seed is varied, and every arm gets the same seeds: --seeds says how many')
   if len(found) < 2:
     raise UserError(f'there is one arm only ({names[0]}): give a key two values or more')
   if twice := {name for name in names if names.count(name) > 1}:

@@ -179,7 +179,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _curve(run: Run, flops_per_token: float, tokens: int) -> dict[str, list[float]]:
-  """The training loss, and evaluations would say the same, against what it cost."""
+  """The training loss against what it cost."""
   lines = [x for x in _lines(run) if 'train/loss' in x]
   steps, seconds, before = [x['step'] for x in lines], [], 0
   for x in lines:

@@ -123,7 +123,6 @@ def work(runs: Sequence[Run], places: Sequence[Slot]) -> Iterator[Run]:
 
   Raises:
     UserError: a run that ends with a mistake, or again and again without any progress.
-    Restart: a run was asked to stop, and is saved.
   """
   todo = deque(run for run in runs if run.outcome()[0] == 'unfinished')
   free, going = deque(places), {}
