@@ -101,7 +101,8 @@ def test_initial_loss_is_that_of_knowing_nothing(parts, name, initializer):
   )
   assert metrics['xent'].compute() == pytest.approx(math.log(experiment.tokenizer.vocab_size), 0.02)
   if 'nsp' in terms:
-    assert terms['nsp'].compute() == pytest.approx(math.log(2), rel=0.02)
+    # A head of fan_in adds about 1 / (4 dim) = 0.016 here, of dim 16.
+    assert terms['nsp'].compute() == pytest.approx(math.log(2), abs=0.03)
 
 
 @every_objective
