@@ -59,8 +59,9 @@ def chip_of(device: jax.Device) -> Chip | None:
   return max(known, key=lambda chip: len(chip.kind), default=None)
 
 
+@functools.cache
 def peak_flops() -> float:
-  """FLOP/s of a device that is here: from the table, or, of a CPU, as measured now in float32.
+  """FLOP/s of a device that is here: from the table, or, of a CPU, as measured once in float32.
 
   nan for an accelerator that the table does not know.
   """

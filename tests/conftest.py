@@ -2,9 +2,11 @@
 
 import os
 
+from tests import xla_flags
+
 # Before JAX is imported anywhere.  Programs of toys compile faster when XLA optimises little.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = xla_flags(8)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 # Programs are compiled for TPUs that are not here, by several processes at once.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
@@ -57,6 +59,8 @@ def corpus(tmp_path_factory) -> pathlib.Path:
   root = tmp_path_factory.mktemp('corpus')
   (root / 'train.txt').write_text('\n'.join(documents(60)), encoding='utf-8')
   (root / 'valid.txt').write_text('\n'.join(documents(12, seed=1)), encoding='utf-8')
+  (root / 'cache').mkdir()
+  (root / 'cache' / 'xla').symlink_to(os.environ['LMJAX_TEST_PROGRAMS'])
   return root
 
 

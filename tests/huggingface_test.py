@@ -74,7 +74,8 @@ def trained(tiny, vocabularies, tmp_path_factory):
       small = {key: x for key, x in tiny(objective).items() if key not in ('tokenizer', 'data')}
       with c.unlocked():
         c.update(small)
-        c.data.update(tiny(objective)['data'])
+        c.data.update({**tiny(objective)['data'], 'eval': {}})
+        c.data.eval = tiny(objective)['data']['eval']  # alone: an update would keep the default's
         c.tokenizer.update(vocabularies(kind))
         c.update_from_flattened_dict(own)
       train.run(config.resolve(c), str(made[kind]))

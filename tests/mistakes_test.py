@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests import xla_flags
+
 TEXT = 'A sentence of a text. Another one follows it. ' * 40
 
 
@@ -219,7 +221,7 @@ def test_one_sentence_and_exit_code_2(files, tmp_path, name):
     small['data.eval.validation'] = files / 'good2.txt'
   command = [sys.executable, '-W', 'ignore', '-m', 'lmjax.main', '--config', fill(experiment)]
   flags = [f'--config.{k}={v}' for k, v in {**small, **overrides}.items()]
-  environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'JAX_PLATFORMS': 'cpu'}
+  environment = {'XLA_FLAGS': xla_flags(2), 'JAX_PLATFORMS': 'cpu'}
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   got = subprocess.run(
     [

@@ -19,6 +19,7 @@ from etils import epath
 from lmjax import evaluate, experiment, generate, processes, rollcall, sharding, train, workdir
 from lmjax.data import loader
 from lmjax.errors import ProcessLost, UserError
+from tests import xla_flags
 from tests.invariance_test import OBJECTIVES, SIZES, curve
 from tests.train_test import as_file, lines
 
@@ -56,7 +57,7 @@ def free_port() -> int:
 
 def spawn(arguments: list[str], **options) -> subprocess.Popen:
   """A process with four devices."""
-  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'PYTHONPATH': os.getcwd()}
+  flags = {'XLA_FLAGS': xla_flags(4), 'PYTHONPATH': os.getcwd()}
   command = [sys.executable, '-W', 'ignore', *arguments]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen(command, env=os.environ | flags, **pipes, **options)

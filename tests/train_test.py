@@ -34,6 +34,7 @@ from lmjax import workdir as workdir_lib
 from lmjax.checkpoint import Checkpoints
 from lmjax.errors import UserError
 from lmjax.models.positions import POSITIONS
+from tests import xla_flags
 from tests.invariance_test import curve
 
 
@@ -259,7 +260,7 @@ def test_kill_9_and_the_same_command_again(tiny, tmp_path):
   c = tiny('clm', steps=150, **{'checkpoint.every': 10, 'evaluate.every': 150, 'log.every': 5})
   command = [sys.executable, '-m', 'lmjax.main', as_file(c, tmp_path), '--workdir']
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
-  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  environment = os.environ | {'XLA_FLAGS': xla_flags(1)}
   run = functools.partial(subprocess.run, check=True, capture_output=True, env=environment)
   run([*command, str(straight)], timeout=300)
   process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, env=environment)
