@@ -26,10 +26,11 @@ _LANES = ((0x9E3779B9, 0), (0x85EBCA6B, 0x165667B1))
 
 def of(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
   """Name -> 16 hexadecimal digits."""
-  # One program: CPUs abort when several with collectives are under way at once.  And a program even
-  # where --debug wants none: operation by operation it takes minutes.
+  # Arrays of one shape share a program, compiled once.  And one after the other: CPUs abort
+  # when several with collectives are under way at once.  Programs even where --debug wants none:
+  # operation by operation it takes minutes.
   with jax.disable_jit(False):
-    found = jax.device_get(_all_lanes(dict(arrays)))
+    found = {name: jax.device_get(_lanes(x)) for name, x in arrays.items()}
   return {name: digits(pair) for name, pair in found.items()}
 
 
@@ -60,9 +61,7 @@ def lanes(x: jax.Array) -> jax.Array:
   return jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in mixed])
 
 
-@jax.jit
-def _all_lanes(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: lanes(x) for name, x in arrays.items()}
+_lanes = jax.jit(lanes)
 
 
 def disagreements(tree: Any) -> dict[str, list[int]]:
@@ -78,10 +77,11 @@ def disagreements(tree: Any) -> dict[str, list[int]]:
       held[name] = x, {device.id: place for device, place in places.items()}
   if not held:
     return {}
-  arrays = [x for x, _ in held.values()]
+  here: dict[int, list[list[int]]] = {}
   with jax.disable_jit(False):
-    found = _by_device(arrays[0].sharding.mesh, tuple(x.sharding.spec for x in arrays), *arrays)
-  here = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in found.addressable_shards}
+    for x, _ in held.values():
+      for shard in _by_device(x.sharding.mesh, x.sharding.spec, x).addressable_shards:
+        here.setdefault(shard.device.id, []).append(np.asarray(shard.data)[0].tolist())
   everyone = {int(d): rows for part in processes.collect(here) or () for d, rows in part.items()}
   wrong = {}
   for i, (name, (_, places)) in enumerate(held.items()):
@@ -101,12 +101,11 @@ def _minority(values: dict[int, list[int]]) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_device(mesh: Mesh, specs: tuple[PartitionSpec, ...], *arrays: jax.Array) -> jax.Array:
-  """uint32[devices, arrays, 2]: both sums of what each device holds of each array."""
-  sums = lambda *parts: jnp.stack([lanes(x) for x in parts])[None]
+def _by_device(mesh: Mesh, spec: PartitionSpec, x: jax.Array) -> jax.Array:
+  """uint32[devices, 2]: both sums of what each device holds of the array."""
   everywhere = PartitionSpec(mesh.axis_names)
-  options = {'mesh': mesh, 'in_specs': specs, 'out_specs': everywhere, 'check_vma': False}
-  return jax.shard_map(sums, **options)(*arrays)
+  options = {'mesh': mesh, 'in_specs': spec, 'out_specs': everywhere, 'check_vma': False}
+  return jax.shard_map(lambda part: lanes(part)[None], **options)(x)
 
 
 def _mix(x: jax.Array) -> jax.Array:

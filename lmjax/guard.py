@@ -177,7 +177,12 @@ class Guard:
   def check_finite(self, step: int, state: Any) -> None:
     """Keeps a state from being saved, and raises as `accepts` does: an update may overflow too."""
     with jax.disable_jit(False):
-      finite = jax.device_get(_all_finite(fingerprint.named(state)))
+      real = {
+        name: x
+        for name, x in fingerprint.named(state).items()
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+      }
+      finite = {name: jax.device_get(_is_finite(x)) for name, x in real.items()}
     if wrong := [name for name, is_finite in finite.items() if not is_finite]:
       action = 'stop' if self._options['on_bad'] == 'skip' else self._options['on_bad']
       self._decide(action, step, f'not finite is {_some(wrong)}')
@@ -211,9 +216,8 @@ class Guard:
 
 
 @jax.jit
-def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  real = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-  return {name: jnp.isfinite(x).all() for name, x in real.items()}
+def _is_finite(x: jax.Array) -> jax.Array:
+  return jnp.isfinite(x).all()
 
 
 def _some(names: list[str]) -> str:
