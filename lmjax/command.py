@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import os
 import signal
 import socket
 import subprocess
@@ -23,8 +24,22 @@ _ENDS = {
   signal.SIGHUP: (Restart.exit_code, 'stopped by SIGHUP'),  # the terminal is gone
   signal.SIGINT: (130, 'interrupted'),
 }
-_children: list[subprocess.Popen] = []
+# A step allocates its temporaries anew.  By default glibc gives freed ones back to the system, and
+# clearing them again takes a quarter of the CPU time of a small model on a CPU: Shakespeare on two
+# cores trains at 13,700 instead of 8,900 tokens/s with these, which are read when a process begins.
+MALLOC = {
+  'MALLOC_ARENA_MAX': '1',
+  'MALLOC_MMAP_THRESHOLD_': str(1 << 33),
+  'MALLOC_TRIM_THRESHOLD_': str(1 << 33),
+}
+_children: list[Callable[[], None]] = []  # what ends each
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+
+
+def keep_freed_memory() -> None:
+  """Begins the process again with MALLOC, unless the environment says otherwise."""
+  if not MALLOC.keys() & os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
 
 
 def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
@@ -66,21 +81,25 @@ def end(number: int) -> NoReturn:
   """Ends all processes of this run, and those that this one has begun, as a signal asks for."""
   code, why = _ENDS[number]
   say(why)
-  for process in _children:
-    process.kill()
+  for end_it in _children:
+    end_it()
   processes.leave(code, why)
 
 
 @contextlib.contextmanager
-def child(process: subprocess.Popen) -> Iterator[None]:
-  """It does not outlive what is inside, nor this process where a signal ends that."""
-  _children.append(process)
+def child(process: subprocess.Popen, saves: bool = False) -> Iterator[None]:
+  """It does not outlive what is inside, nor this process where a signal ends that.
+
+  One that `saves` is then asked to stop, and has a moment more.
+  """
+  end_it = process.terminate if saves else process.kill
+  _children.append(end_it)
   try:
     yield
   finally:
     process.kill()
     process.wait()
-    _children.remove(process)
+    _children.remove(end_it)
 
 
 def end_with_parent() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,11 +35,14 @@ def lower(parts: Experiment, mesh: Mesh, params: Any) -> jax.stages.Lowered:
 class Evaluator:
   """The objective's numbers on every evaluation set, with train=False."""
 
-  def __init__(self, parts: Experiment, mesh: Mesh):
+  def __init__(
+    self, parts: Experiment, mesh: Mesh, over: Callable[[Callable], Callable] = lambda step: step
+  ):
+    """`over` wraps (parameters, batch) -> sums, where parameters are stacked."""
     self.parts, self.mesh = parts, mesh
-    self._step = make_step(parts)
+    self._step = over(make_step(parts))
     self._shared = parts.config['evaluate'][yardstick.NAME] and yardstick.rows(parts)
-    self._shared_step = yardstick.make_step(parts)
+    self._shared_step = over(yardstick.make_step(parts))
 
   def __call__(
     self, params: Any, stop: Callable[[], bool] = lambda: False
@@ -48,19 +51,34 @@ class Evaluator:
 
     None where `stop`, which is asked before every batch, says so.
     """
-    values, most = {}, self.parts.config['evaluate']['batches']
-    for name in self.parts.config['data']['eval']:
-      fetched = self._fetch(self._step, self.parts.examples(name), most, params, stop)
-      if fetched is None:
-        return None
-      found = self._values(name, fetched)
-      values |= {f'eval/{name}/{key}': x for key, x in found.items()}
+    sums = self.sums(params, stop)
+    return None if sums is None else self.values(sums)
+
+  def sums(
+    self, params: Any, stop: Callable[[], bool] = lambda: False
+  ) -> dict[str, list[Any]] | None:
+    """Set -> what its batches add up to, each; None as above."""
+    most = self.parts.config['evaluate']['batches']
+    asked = {
+      name: (self._step, self.parts.examples(name), most)
+      for name in self.parts.config['data']['eval']
+    }
     if self._shared:
-      fetched = self._fetch(self._shared_step, self._shared, 0, params, stop)
-      if fetched is None:
+      asked[yardstick.NAME] = self._shared_step, self._shared, 0
+    found = {}
+    for name, of in asked.items():
+      found[name] = self._fetch(*of, params, stop)
+      if found[name] is None:
         return None
-      found = yardstick.values(self.parts, fetched)
-      values |= {f'eval/{yardstick.NAME}/{key}': x for key, x in found.items()}
+    return found
+
+  def values(self, sums: Mapping[str, list[Any]]) -> dict[str, float]:
+    """What is said of such sums."""
+    values = {}
+    for name, fetched in sums.items():
+      shared = name == yardstick.NAME
+      found = yardstick.values(self.parts, fetched) if shared else self._values(name, fetched)
+      values |= {f'eval/{name}/{key}': x for key, x in found.items()}
     return values
 
   def _fetch(

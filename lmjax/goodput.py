@@ -29,12 +29,15 @@ KINDS = (
 class Clock(contextlib.AbstractContextManager):
   """At every moment the time goes to one kind; goodput.json has the seconds of each so far."""
 
-  def __init__(self, path: epath.Path):
-    """`path`: the directory of the run; what its former starts took is added."""
+  def __init__(self, path: epath.Path, among: int = 1):
+    """`path`: the directory of the run; what its former starts took is added.
+
+    A run that shares its machine with others, `among` so many, counts its share of the time.
+    """
     self._file = path / 'goodput.json'
     before = _checked(jsonio.read(self._file), self._file) if self._file.exists() else {}
     now = time.time()
-    self._began = before.get('began', now)
+    self._began, self._among = before.get('began', now), among
     self._seconds = collections.Counter(dict.fromkeys(KINDS, 0.0) | before.get('seconds', {}))
     self._seconds['down'] += max(0.0, now - before.get('until', now))
     self._kind, self._since = 'other', time.monotonic()
@@ -73,7 +76,10 @@ class Clock(contextlib.AbstractContextManager):
     self._seconds['productive'] = productive
 
   def summary(self) -> dict[str, float]:
-    """Kind -> seconds, and 'wall', the time by the clock on the wall, which is their sum."""
+    """Kind -> seconds, and 'wall', the time by the clock on the wall.
+
+    That is their sum, unless the run has shared its machine.
+    """
     self._switch(self._kind)
     return {**self._seconds, 'wall': time.time() - self._began}
 
@@ -88,7 +94,7 @@ class Clock(contextlib.AbstractContextManager):
 
   def _switch(self, kind: str) -> str:
     former, now = self._kind, time.monotonic()
-    self._seconds[former] += now - self._since
+    self._seconds[former] += (now - self._since) / self._among
     self._kind, self._since = kind, now
     return former
 

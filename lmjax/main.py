@@ -4,28 +4,10 @@ A killed run goes on where its last checkpoint was when the same command is give
 Every knob can be set on the command line, as --config.optimizer.lr=3e-4; lmjax/config.py has them.
 """
 
-import os
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
 from lmjax import command, config
-
-# A step allocates its temporaries anew.  By default glibc gives freed ones back to the system, and
-# clearing them again takes a quarter of the CPU time of a small model on a CPU: Shakespeare on two
-# cores trains at 13,700 instead of 8,900 tokens/s with these, which are read when a process begins.
-MALLOC = {
-  'MALLOC_ARENA_MAX': '1',
-  'MALLOC_MMAP_THRESHOLD_': str(1 << 33),
-  'MALLOC_TRIM_THRESHOLD_': str(1 << 33),
-}
-
-
-def keep_freed_memory() -> None:
-  """Begins the process again with MALLOC, unless the environment says otherwise."""
-  if not MALLOC.keys() & os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
 
 
 def main() -> None:
@@ -50,7 +32,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  keep_freed_memory()
+  command.keep_freed_memory()
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
   flags.DEFINE_string('profile', '', 'Trace the steps FIRST:LAST into the workdir.')

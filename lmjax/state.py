@@ -1,11 +1,13 @@
 """What training works on: its arrays, their places on the mesh, and what they begin with."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,19 +39,34 @@ def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransf
   of_params = sharding.param_shardings(boxed, mesh, strategy)
   beside = sharding.param_shardings(boxed, mesh, strategy, of_state=True)
 
-  def make() -> TrainState:
-    rng, params_rng = jax.random.split(jax.random.key(c['seed']))
+  def make(seed: jax.Array) -> TrainState:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-    params = nn.unbox(parts.init_params(params_rng, zeros))
-    losses = jnp.zeros(guard.WINDOW, jnp.float32)
-    return TrainState(jnp.int32(0), params, transform.init(params), rng, losses)
+    params_rng = jax.random.split(jax.random.key(seed))[1]
+    return _begun(seed, nn.unbox(parts.init_params(params_rng, zeros)), transform)
 
-  shapes = jax.eval_shape(make)
+  seed = np.uint32(c['seed'] % (1 << 32))  # data, so that one program begins all seeds
+  shapes = jax.eval_shape(make, seed)
   everywhere = NamedSharding(mesh, PartitionSpec())
   places = jax.tree.map(lambda _: everywhere, shapes)
   of_state = optimizer.shardings(shapes.opt_state, shapes.params, beside, everywhere)
   places = places.replace(params=of_params, opt_state=of_state)
-  return sharding.placed(shapes, places), transform, jax.jit(make, out_shardings=places)
+  begin = jax.jit(make, out_shardings=places)
+  return sharding.placed(shapes, places), transform, lambda: begin(seed)
+
+
+def _begun(seed: jax.Array, params: Any, transform: optax.GradientTransformation) -> TrainState:
+  rng = jax.random.split(jax.random.key(seed))[0]
+  losses = jnp.zeros(guard.WINDOW, jnp.float32)
+  return TrainState(jnp.int32(0), params, transform.init(params), rng, losses)
+
+
+def begin_with(
+  params: Any, like: TrainState, seed: int, transform: optax.GradientTransformation
+) -> TrainState:
+  """The state of a run that begins with these parameters; it lies where `like` says."""
+  begin = functools.partial(_begun, np.uint32(seed % (1 << 32)), transform=transform)
+  places = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(begin, out_shardings=places)(jax.device_put(params, places.params))
 
 
 def share_whole(like: TrainState, mesh: Mesh, config: Mapping[str, Any]) -> float:
@@ -64,19 +81,19 @@ def averaged(state: TrainState) -> Any:
   return state.params if average is None else average
 
 
-def warm_start(
-  parts: Experiment, mesh: Mesh, state: TrainState, transform: optax.GradientTransformation
+def fresh(
+  parts: Experiment,
+  mesh: Mesh,
+  like: TrainState,
+  transform: optax.GradientTransformation,
+  make_state: Callable[[], TrainState],
 ) -> TrainState:
-  """The fresh state, or one that begins with the parameters of the run that the config names."""
+  """What a run begins with: what `make_state` makes, or the parameters of the run in init_from."""
   source = parts.config['init_from']
   if not source:
-    return state
+    return make_state()
   other = experiment.open_run(source)
   if other.tokenizer.fingerprint != parts.tokenizer.fingerprint:
     raise UserError(f'init_from = {source} was trained with another tokenizer')
-  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-  like = sharding.placed(state.params, places(state.params))
-  _, params = restore_params(other, source, mesh, like=like)
-  # Averages of parameters begin with these as well.
-  opt_state = jax.jit(transform.init, out_shardings=places(state.opt_state))(params)
-  return state.replace(params=params, opt_state=opt_state)
+  _, params = restore_params(other, source, mesh, like=like.params)
+  return begin_with(params, like, parts.config['seed'], transform)

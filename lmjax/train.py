@@ -34,7 +34,7 @@ from lmjax.errors import Restart, UserError
 from lmjax.evaluate import Evaluator, check_best
 from lmjax.experiment import Experiment
 from lmjax.saving import Saving
-from lmjax.state import TrainState, averaged, init_state, share_whole, warm_start
+from lmjax.state import TrainState, averaged, fresh, init_state, share_whole
 from lmjax.step import lower, make_step
 from lmjax.terminal import say
 
@@ -73,6 +73,17 @@ def _run(
   stop: stopping.Stop,
   clock: goodput.Clock,
 ) -> dict[str, Any]:
+  parts, mesh, digests = prepared(c, path)
+  with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
+    while True:
+      try:
+        return _train(parts, mesh, path, digests, window, stop, clock)
+      except guard.RollBack as e:
+        say(str(e))
+
+
+def prepared(c: Mapping[str, Any], path: epath.Path) -> tuple[Experiment, Mesh, dict[str, str]]:
+  """The parts of a run in `path`, its mesh and its data's digests, once all is seen to fit."""
   parts = experiment.prepare(c)
   if c['log']['sample']:
     generate.check_causal(parts)
@@ -95,12 +106,7 @@ def _run(
     generate.encode_prompt(parts, c['log']['sample'])
   experiment.keep_programs(c)
   check.require(c, path)
-  with jax.set_mesh(mesh), sharding.logical_axes(strategy):
-    while True:
-      try:
-        return _train(parts, mesh, path, digests, window, stop, clock)
-      except guard.RollBack as e:
-        say(str(e))
+  return parts, mesh, digests
 
 
 def _train(
@@ -131,14 +137,14 @@ def _train(
     clock.take_up(meta.pop('productive'))
     if start:
       print(f'resuming at step {start} of {steps}', flush=True)
-    state = warm_start(parts, mesh, make_state(), transform) if state is None else state
+    state = fresh(parts, mesh, like, transform, make_state) if state is None else state
     if not stop.begun:  # the run begins, or is taken up, and does not go back
       workdir_lib.describe(parts, path, digests, state.params, start)
     judge.begin()
     skipped, every = judge.skipped(), c['guard']['replicas']
     step_fn = clock.timed('compile', _step_fn)(parts, mesh, like, transform)
     stop.begin()  # CPUs give each other 30 s to meet, and only process 0 finds kept programs
-    log = metrics.Log(path, start, steps, c['log'], _cost(parts, mesh), judge.accepts, **meta)
+    log = metrics.Log(path, start, steps, c['log'], cost(parts, mesh), judge.accepts, **meta)
     stack.enter_context(log)
     batches = stack.enter_context(contextlib.closing(loader.prefetch(load, start + 1, steps + 1)))
     stack.enter_context(window)
@@ -150,7 +156,7 @@ def _train(
     if start == steps or not meta['evaluated']:  # the last start has come so far
       values = evaluator(averaged(state), stop.tick)
       if values is None:
-        raise _stopped(stop, start, steps)
+        raise stopped(stop, start, steps)
       if not meta['evaluated']:
         log.write(start, values)
     running = None
@@ -188,14 +194,14 @@ def _train(
             log.sync()
             saving.save(step, state, meta, values or {}, last=asked or step == steps)
         if asked:
-          raise _stopped(stop, step, steps)
+          raise stopped(stop, step, steps)
         log.restart_clock()
       if step % c['log']['every'] == 0:
         clock.write()
-    return clock.timed('other', _finish)(parts, path, state, values, judge.counts(), clock)
+    return clock.timed('other', finish)(parts, path, state, values, judge.counts(), clock)
 
 
-def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
+def cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
   """What a step costs and what there is to pay for it, for the log."""
   c = parts.config
   return {
@@ -205,7 +211,7 @@ def _cost(parts: Experiment, mesh: Mesh) -> dict[str, float]:
   }
 
 
-def _stopped(stop: stopping.Stop, step: int, steps: int) -> Restart:
+def stopped(stop: stopping.Stop, step: int, steps: int) -> Restart:
   return Restart(f'stopped by {stop.reason} after step {step} of {steps}, which is saved')
 
 
@@ -230,7 +236,7 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   return compiled
 
 
-def _finish(
+def finish(
   parts: Experiment,
   path: epath.Path,
   state: TrainState,

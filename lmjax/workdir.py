@@ -119,12 +119,17 @@ def check_space(path: epath.Path, size: int, count: int) -> None:
 
 
 def describe(
-  parts: Experiment, path: epath.Path, digests: Mapping[str, str], params: Any, step: int
+  parts: Experiment,
+  path: epath.Path,
+  digests: Mapping[str, str],
+  params: Any,
+  step: int,
+  among: int = 1,
 ) -> None:
   """Writes what the run is, once everything fits together; config.json, last, makes it a run.
 
-  `params` are those that it begins with.  Where it is a run already, what has changed until this
-  start, at `step`, is added.
+  `params` are those that it begins with, and `among` so many runs it shares its machine.  Where it
+  is a run already, what has changed until this start, at `step`, is added.
   """
   initial = {} if step else fingerprint.of(fingerprint.named(params))
   if processes.index() == 0:
@@ -135,6 +140,7 @@ def describe(
         'devices': dict(collections.Counter(f'{d.platform}:{d.device_kind}' for d in devices)),
         'driver': devices[0].client.platform_version,
         'processes': jax.process_count(),
+        **({'runs': among} if among > 1 else {}),
       },
       'parameters': sum(x.size for x in jax.tree.leaves(params)),
       'initial': initial,

@@ -15,6 +15,7 @@ from lmjax import ablate, config
 from lmjax.ablate import arms, fixed, matching, runs
 from lmjax.ablate.fixed import Facts
 from lmjax.errors import UserError
+from tests import xla_flags
 
 QUICK, RATE = 'experiments/quickstart.py', 'experiments/ablations/mask_rate.py'
 SPACED = pathlib.Path('/tmp/a b')
@@ -267,7 +268,7 @@ def command(tiny, tmp_path):
 def test_two_names_for_one_experiment_killed_in_the_middle(command):
   where, argv = command
   argv = [*argv, '--vary=label=one,two', '--seeds=2']
-  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  environment = os.environ | {'XLA_FLAGS': xla_flags(1)}
   process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, env=environment)
   second = where / 'runs' / 'label=two' / '0'
   while not (second / 'checkpoints' / '20').exists():
@@ -328,7 +329,7 @@ class Process:
   def poll(self) -> int:
     return self.code
 
-  wait = kill = poll
+  wait = kill = terminate = poll
 
 
 @pytest.fixture
@@ -353,8 +354,8 @@ def ended(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, 'Popen', start)
     monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None)
     monkeypatch.setattr(runs, 'POLL', 0)
-    assert list(runs.work([run], [runs.Slot({}, frozenset())])) == [run]
-    assert list(runs.work([run], [runs.Slot({}, frozenset())])) == []  # it has ended, for good
+    assert list(runs.work(runs.jobs([run], False), [runs.Slot({}, frozenset())])) == [run]
+    assert runs.jobs([run], False) == []  # it has ended, for good
     return run.outcome()
 
   return end

@@ -80,7 +80,15 @@ FLOORS = [
       'plan.measure',
       'huggingface',
       *('ablate.numbers', 'ablate.content', 'ablate.plots', 'ablate.page', 'ablate.markdown'),
-      *('ablate.arms', 'ablate.matching', 'ablate.fixed', 'ablate.runs', 'ablate.report', 'ablate'),
+      *(
+        'ablate.arms',
+        'ablate.matching',
+        'ablate.fixed',
+        'ablate.vmapped',
+        'ablate.runs',
+        'ablate.report',
+        'ablate',
+      ),
     ]
   ],
   [
@@ -89,7 +97,7 @@ FLOORS = [
   ],
 ]
 # Commands, and what writes an experiment file.
-MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__')
+MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__', 'ablate.vmapped')
 # heads builds on layers, and stands beside the cores.
 ALLOWED = {('models.heads', f'models.{room}') for room in ('layers', 'products', 'shards')}
 

@@ -13,10 +13,10 @@ from etils import epath
 
 from lmjax import config, jsonio
 from lmjax.ablate import arms as arms_lib
-from lmjax.ablate import fixed, markdown, matching, page, report, runs
+from lmjax.ablate import fixed, markdown, matching, page, report, runs, vmapped
 from lmjax.ablate.arms import Arm
 from lmjax.ablate.fixed import Facts
-from lmjax.ablate.runs import Run
+from lmjax.ablate.runs import Job, Run
 from lmjax.config import did_you_mean
 from lmjax.errors import UserError
 
@@ -38,10 +38,12 @@ class Ablation:
     seeds: int = 3,
     match: str = '',
     may_move: Sequence[str] = (),
+    vmap_seeds: bool = False,
   ):
     """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
 
     `match` and `may_move` are by default what the file says of itself as MATCH and MAY_MOVE.
+    `vmap_seeds` has all seeds of an arm trained by one compiled program.
 
     Raises:
       UserError: the arms do not load, or something moves that was not named; or the directory
@@ -53,12 +55,17 @@ class Ablation:
     may_move = may_move or config.declared(spec, 'MAY_MOVE', ())
     if match not in matching.KINDS:
       raise UserError(f'--match={match} is nothing{did_you_mean(match, matching.KINDS)}')
-    self.spec, self.match = spec, match
+    if vmap_seeds and match == 'time':
+      raise UserError('--match=time is of runs that have a device alone: without --vmap_seeds')
+    self.spec, self.match, self.vmap_seeds = spec, match, vmap_seeds
     self.directory = pathlib.Path(workdir).expanduser().absolute()
     asked = arms_lib.of(spec, vary)
     self.named = arms_lib.named(asked)
     configs = {arm.name: arm.config() for arm in asked}
     arms_lib.check_moved(arms_lib.moved(configs), asked, may_move)
+    if vmap_seeds:
+      for one in configs.values():
+        vmapped.check(one)
     first = configs[asked[0].name]['seed']
     self.seeds = list(range(first, first + seeds))
     self._asked = asked
@@ -146,13 +153,17 @@ class Ablation:
     where = self.directory / 'probes' / arm.name
     print(f'measuring a step of {arm.name}', flush=True)
     run = Run(probe, self.seeds[0], where, first=False)
-    for _ in runs.work([run], runs.slots(1)):
+    for _ in runs.work(runs.jobs([run], False), runs.slots(1)):
       pass
     return runs.seconds_of_a_step(run)
 
   def work(self, parallel: int = 1) -> Iterator[Run]:
     """Runs what is not finished; yields each run that comes to its end."""
-    yield from runs.work(self.runs, runs.slots(parallel))
+    yield from runs.work(self.jobs(), runs.slots(parallel))
+
+  def jobs(self) -> list[Job]:
+    """What processes have to do until all runs have come to their end."""
+    return runs.jobs(self.runs, self.vmap_seeds)
 
   def study(
     self,

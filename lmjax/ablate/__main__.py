@@ -33,15 +33,16 @@ def main() -> None:
   if not 0 < f.alpha < f.power < 1:
     raise UserError(f'--alpha={f.alpha} must be above 0 and below --power={f.power}, that below 1')
   jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
-  made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move)
+  made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move, f.vmap_seeds)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
-  left = [run for run in made.runs if run.outcome()[0] == 'unfinished']
+  left = made.jobs()
   if f.launch == 'print' and left:
-    print('\n'.join(run.command for run in left))
+    print('\n'.join(job.command for job in left))
     return
   count = len(made.runs)
-  for number, run in enumerate(made.work(f.parallel), start=count - len(left) + 1):
+  done = count - sum(len(job.runs) for job in left)
+  for number, run in enumerate(made.work(f.parallel), start=done + 1):
     print(f'{number} of {count}: {run.arm.name} seed {run.seed} {said(run)}', flush=True)
   study = made.study(
     shlex.join(['python', '-m', 'lmjax.ablate', *sys.argv[1:]]),
@@ -69,6 +70,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('seeds', 3, 'How many seeds each arm is run with.')
   flags.DEFINE_string('match', '', 'What arms get as much of: steps, tokens, flops or time.')
   flags.DEFINE_list('may_move', [], 'Keys that may differ because a variant says so.')
+  flags.DEFINE_bool('vmap_seeds', False, 'All seeds of an arm in one compiled program.')
   flags.DEFINE_string('workdir', '', 'Where runs and report are kept.')
   flags.DEFINE_string('metric', '', 'What is compared, such as eval/validation/xent.')
   flags.DEFINE_float('margin', None, 'Differences below it are of no interest.', lower_bound=0)

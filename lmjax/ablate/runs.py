@@ -18,6 +18,7 @@ from etils import epath
 
 from lmjax import command, jsonio, record
 from lmjax.ablate.arms import Arm
+from lmjax.ablate.vmapped import STOPPED
 from lmjax.errors import NonFinite, Restart, UserError
 
 TRIES = 5  # starts without a new checkpoint, before a run is given up
@@ -34,13 +35,18 @@ class Run:
   first: bool  # of its arm: the oracles are tried in it alone
 
   @property
+  def runs(self) -> 'list[Run]':
+    return [self]
+
+  @property
   def argv(self) -> list[str]:
+    """Of Python, behind -m."""
     check = [] if self.first else ['--config.check=False']
-    return [*self.arm.flags(self.seed), f'--workdir={self.workdir}', *check]
+    return ['lmjax.main', *self.arm.flags(self.seed), f'--workdir={self.workdir}', *check]
 
   @property
   def command(self) -> str:
-    return shlex.join(['python', '-m', 'lmjax.main', *self.argv])
+    return shlex.join(['python', '-m', *self.argv])
 
   @property
   def log(self) -> pathlib.Path:
@@ -50,10 +56,45 @@ class Run:
     """('finished' | 'diverged' | 'unfinished', why)."""
     if (self.workdir / 'result.json').exists():
       return 'finished', ''
-    stopped = self.workdir / 'stopped.json'
+    stopped = self.workdir / STOPPED
     if stopped.exists():
       return 'diverged', str(jsonio.read(stopped)['why'])
     return 'unfinished', 'it has not come to its end yet'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Together:
+  """Seeds of an arm that one program trains."""
+
+  runs: Sequence[Run]
+
+  @property
+  def argv(self) -> list[str]:
+    """Of Python, behind -m."""
+    first, seeds = self.runs[0], ','.join(str(run.seed) for run in self.runs)
+    check = [] if first.first else ['--config.check=False']
+    where = [f'--seeds={seeds}', f'--workdir={first.workdir.parent}', *check]
+    return ['lmjax.ablate.vmapped', *first.arm.flags(), *where]
+
+  @property
+  def command(self) -> str:
+    return shlex.join(['python', '-m', *self.argv])
+
+  @property
+  def log(self) -> pathlib.Path:
+    return self.runs[0].workdir.with_name('seeds.log')
+
+
+Job = Run | Together  # what a process does
+
+
+def jobs(runs: Sequence[Run], vmap_seeds: bool) -> list[Job]:
+  """What is left to do, run by run or arm by arm."""
+  left = [run for run in runs if run.outcome()[0] == 'unfinished']
+  if not vmap_seeds:
+    return left
+  of = {arm: [run for run in left if run.arm == arm] for arm in dict.fromkeys(r.arm for r in runs)}
+  return [Together(seeds) for seeds in of.values() if seeds]
 
 
 class Slot(NamedTuple):
@@ -118,47 +159,46 @@ def _devices() -> tuple[str, int]:
   return platform, int(count)
 
 
-def work(runs: Sequence[Run], places: Sequence[Slot]) -> Iterator[Run]:
-  """Runs what is not finished, side by side in `places`; yields each that has come to its end.
+def work(todo: Sequence[Job], places: Sequence[Slot]) -> Iterator[Run]:
+  """Does the jobs side by side in `places`; yields each run that has come to its end.
 
   Raises:
-    UserError: a run that ends with a mistake, or again and again without any progress.
+    UserError: a job that ends with a mistake, or again and again without any progress.
   """
-  todo = deque(run for run in runs if run.outcome()[0] == 'unfinished')
-  free, going = deque(places), {}
+  todo, free, going = deque(todo), deque(places), {}
   try:
     while todo or going:
       while todo and free:
-        run, place = todo.popleft(), free.popleft()
-        going[run] = _Try(run, place)
+        job, place = todo.popleft(), free.popleft()
+        going[job] = _Try(job, place)
       time.sleep(POLL)
-      for run, attempt in list(going.items()):
+      for job, attempt in list(going.items()):
         if attempt.ended():
-          del going[run]
+          del going[job]
           free.append(attempt.place)
-          yield run
+          yield from job.runs
   finally:
     for attempt in going.values():
       attempt.stop()
 
 
 class _Try:
-  """The starts of a run, one after the other."""
+  """The starts of a job, one after the other."""
 
-  def __init__(self, run: Run, place: Slot):
-    self.run, self.place = run, place
+  def __init__(self, job: Job, place: Slot):
+    self.job, self.place = job, place
     self._tries, self._came = 0, -1
     self._start()
 
   def _start(self) -> None:
-    self.run.workdir.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, '-m', 'lmjax.main', *self.run.argv, '--end_with_parent']
+    self.job.log.parent.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, '-m', *self.job.argv, '--end_with_parent']
     streams = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     environment = os.environ | dict(self.place.environment)
-    with self.run.log.open('ab') as log:
+    with self.job.log.open('ab') as log:
       self._process = subprocess.Popen(argv, stdout=log, env=environment, **streams)
     self._held = contextlib.ExitStack()
-    self._held.enter_context(command.child(self._process))
+    self._held.enter_context(command.child(self._process, saves=True))
     os.sched_setaffinity(self._process.pid, self.place.cores)
 
   def ended(self) -> bool:
@@ -169,19 +209,19 @@ class _Try:
     self._held.close()
     if code == 0:
       return True
-    if code == NonFinite.exit_code:
-      _say_why(self.run)
+    if code == NonFinite.exit_code:  # of a run alone: seeds that are trained together say it
+      _say_why(self.job)
       return True
     if code > 0 and code != Restart.exit_code:
-      raise UserError(f'{self.run.command} ended with {code}: {_last(self.run.log)}')
+      raise UserError(f'{self.job.command} ended with {code}: {_last(self.job.log)}')
     self._tries += 1
-    came = max(_steps(self.run.workdir), default=-1)
+    came = max((x for run in self.job.runs for x in _steps(run.workdir)), default=-1)
     if came > self._came:
       self._tries, self._came = 0, came
     if self._tries >= TRIES:
       raise UserError(
-        f'{self.run.command} ended with {code}, {TRIES} times without a new checkpoint: '
-        f'{_last(self.run.log)}'
+        f'{self.job.command} ended with {code}, {TRIES} times without a new checkpoint: '
+        f'{_last(self.job.log)}'
       )
     self._start()
     return False
@@ -201,7 +241,7 @@ def _steps(workdir: pathlib.Path) -> list[int]:
 
 
 def _say_why(run: Run) -> None:
-  jsonio.write(epath.Path(run.workdir) / 'stopped.json', {'why': _last(run.log)})
+  jsonio.write(epath.Path(run.workdir) / STOPPED, {'why': _last(run.log)})
 
 
 def _last(log: pathlib.Path) -> str:

@@ -26,7 +26,7 @@ from lmjax.errors import UserError
 from lmjax.evaluate import restore_params
 from lmjax.huggingface import tokens, weights
 from lmjax.saving import FRESH
-from lmjax.state import TrainState, init_state
+from lmjax.state import begin_with, init_state
 from lmjax.terminal import say
 from lmjax.workdir import EXPERIMENT, describe, owned
 
@@ -191,20 +191,13 @@ def to_workdir(
     parts = experiment.saved(c, place)
     mesh = sharding.mesh_of_run(c, parts.boxed_shapes())
     with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
-      state = _begun(parts, mesh, params)
+      like, transform, _ = init_state(parts, mesh)
+      state = begin_with(params, like, c['seed'], transform)
     digests = {'tokenizer': made.fingerprint}
     with Checkpoints(place / 'checkpoints') as checkpoints:
       checkpoints.save(0, state, {**FRESH, 'roll_backs': 0, 'config': c, 'data': digests})
     (place / 'experiment.py').write_text(HEADER + EXPERIMENT)
     describe(parts, place, digests, state.params, 0)
-
-
-def _begun(parts: experiment.Experiment, mesh: jax.sharding.Mesh, params: Any) -> TrainState:
-  like, transform, make = init_state(parts, mesh)
-  places = jax.tree.map(lambda x: x.sharding, like)
-  params = jax.device_put(params, places.params)
-  opt_state = jax.jit(transform.init, out_shardings=places.opt_state)(params)
-  return make().replace(params=params, opt_state=opt_state)
 
 
 def from_workdir(

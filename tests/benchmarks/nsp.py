@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from lmjax import config, experiment, sharding, train
+from lmjax.command import keep_freed_memory
 from lmjax.data import loader
 from lmjax.evaluate import Evaluator
-from lmjax.main import keep_freed_memory
 
 
 def cut(data: pathlib.Path, into: pathlib.Path) -> None:

@@ -202,7 +202,7 @@ def main() -> None:
     return
   program, model = a.case.split()
   if program == 'lmjax':
-    from lmjax.main import keep_freed_memory
+    from lmjax.command import keep_freed_memory
 
     keep_freed_memory()
   overrides = {k: json.loads(v) for k, v in (x.split('=', 1) for x in a.set)}
