@@ -220,3 +220,28 @@ def test_initialisers_are_the_papers():
   assert bert['kernel'] == pytest.approx(0.0176, rel=0.03)
   assert bert['residual'] == pytest.approx(0.0176, rel=0.03)
   assert bert['largest'] <= 0.04
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2])
+def test_weights_can_be_seen_and_are_those_that_mix_the_values(kv_heads):
+  made = core(kv_heads=kv_heads, positions='rotary', attention_dropout=0.5)
+  mask = Mask(causal=True, segments_BL=jnp.array([[1] * 7 + [2] * 5] * 2))
+  x_BLD = inputs()
+  params = nn.unbox(made.init(jax.random.key(1), x_BLD, mask, False))
+  some = lambda module, _: module.name in ('value', 'out')
+  asked = {'mutable': ['intermediates'], 'capture_intermediates': some}
+  y_BLD, seen = jax.jit(lambda p: made.apply(p, x_BLD, mask, False, **asked))(params)
+  plain_BLD = jax.jit(lambda p: made.apply(p, x_BLD, mask, False))(params)
+  np.testing.assert_allclose(y_BLD, plain_BLD, rtol=1e-6, atol=1e-6)
+  ((name, blocks),) = seen['intermediates'].items()
+  of = blocks['attention']
+  (weights,), (values,), (out,) = of['weights'], of['value']['__call__'], of['out']['__call__']
+  assert weights.shape == (2, 2, 4, L, L)  # layers, rows, heads, queries, keys
+  allowed = np.asarray(mask.array(L, L))
+  assert not np.asarray(weights)[:, ~np.broadcast_to(allowed[:, None], (2, 4, L, L))].any()
+  np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+  shared = jnp.repeat(values, 4 // kv_heads, axis=3)
+  mixed = jnp.einsum('dbnls,dbsnh->dblnh', weights, shared)
+  own = params['params'][name]['attention']['out']
+  expected = jnp.einsum('dblnh,dnhe->dble', mixed, own['kernel']) + own['bias'][:, None, None]
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)

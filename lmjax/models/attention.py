@@ -132,26 +132,36 @@ def reference(
 ) -> jax.Array:
   """Attention in plain XLA, which holds the square of the logits and can do everything."""
   (b, length, n, h), (keys, g) = q_BLNH.shape, k_BSGH.shape[1:3]
-  # Heads in front, and the R = N / G queries of a key-value head as more rows of one product: on a
-  # CPU 1.4 times as fast as one einsum over five dimensions.
-  q_BGRLH = q_BLNH.reshape(b, length, g, n // g, h).transpose(0, 2, 3, 1, 4) * h**-0.5
-  k_BGSH, v_BGSH = k_BSGH.swapaxes(1, 2), v_BSGH.swapaxes(1, 2)
-  rows = (b, g, n // g * length)
-  logits = products.matmul(q_BGRLH.reshape(*rows, h), k_BGSH.mT, jnp.float32)
-  logits = logits.reshape(b, g, n // g, length, keys)
-  if bias_BNLS is not None:
-    logits += bias_BNLS.reshape(-1, g, n // g, *bias_BNLS.shape[2:])
-  logits = jnp.where(allowed_BLS[:, None, None], logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits).astype(v_BSGH.dtype)
+  weights = _weights(q_BLNH, k_BSGH, allowed_BLS, bias_BNLS).astype(v_BSGH.dtype)
   if dropout is not None:
     weights = dropout(weights)
-  y_BGLH = products.matmul(weights.reshape(*rows, keys), v_BGSH)
+  y_BGLH = products.matmul(weights.reshape(b, g, n // g * length, keys), v_BSGH.swapaxes(1, 2))
   y_BLNH = y_BGLH.reshape(b, n, length, h).swapaxes(1, 2)
   return y_BLNH * allowed_BLS.any(axis=-1)[:, :, None, None]
 
 
+def _weights(
+  q_BLNH: jax.Array, k_BSGH: jax.Array, allowed_BLS: jax.Array, bias_BNLS: jax.Array | None
+) -> jax.Array:
+  """float32 [B, G, N / G, L, S], which add up to 1 over the keys."""
+  (b, length, n, h), (keys, g) = q_BLNH.shape, k_BSGH.shape[1:3]
+  # Heads in front, and the R = N / G queries of a key-value head as more rows of one product: on a
+  # CPU 1.4 times as fast as one einsum over five dimensions.
+  q_BGRLH = q_BLNH.reshape(b, length, g, n // g, h).transpose(0, 2, 3, 1, 4) * h**-0.5
+  rows_BGRH = q_BGRLH.reshape(b, g, n // g * length, h)
+  logits = products.matmul(rows_BGRH, k_BSGH.swapaxes(1, 2).mT, jnp.float32)
+  logits = logits.reshape(b, g, n // g, length, keys)
+  if bias_BNLS is not None:
+    logits += bias_BNLS.reshape(-1, g, n // g, *bias_BNLS.shape[2:])
+  logits = jnp.where(allowed_BLS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+  return jax.nn.softmax(logits)
+
+
 class Attention(nn.Module):
-  """Multi-head or grouped-query self-attention with an optional cache of keys and values."""
+  """Multi-head or grouped-query self-attention with an optional cache of keys and values.
+
+  Applied with mutable=['intermediates'] it also gives `weights` [B, N, L, S], without dropout.
+  """
 
   dim: int
   heads: int
@@ -199,11 +209,18 @@ class Attention(nn.Module):
     k_BLGH, v_BLGH = (
       nn.with_logical_constraint(x, ('batch', None, 'heads', 'kv')) for x in (k_BLGH, v_BLGH)
     )
+    mask = mask.replace(window=self.window)
+    if self.is_mutable_collection('intermediates'):  # by who wants to see them, as Flax has it
+      allowed_BLS = mask.array(q_BLNH.shape[1], k_BLGH.shape[1], 0 if offset is None else offset)
+      weights = _weights(q_BLNH, k_BLGH, allowed_BLS, bias_BNLS)
+      self.sow(
+        'intermediates', 'weights', weights.reshape(*weights.shape[:1], -1, *weights.shape[3:])
+      )
     y_BLNH = attention(
       q_BLNH,
       k_BLGH,
       v_BLGH,
-      mask.replace(window=self.window),
+      mask,
       backend=self.backend,
       bias_BNLS=bias_BNLS,
       dropout=nn.Dropout(self.dropout, deterministic=False) if self.dropout and train else None,

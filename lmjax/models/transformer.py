@@ -213,7 +213,7 @@ class Transformer(nn.Module):
     parts = dict(initializers=initializers, bias=self.bias, dtype=dtype)
     stack = nn.scan(
       block,
-      variable_axes={'params': 0, 'cache': 0},
+      variable_axes={'params': 0, 'cache': 0, 'intermediates': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=nn.broadcast,
       length=self.depth,
