@@ -79,6 +79,7 @@ FLOORS = [
       'plan.search',
       'plan.measure',
       'huggingface',
+      'live',
       *('ablate.numbers', 'ablate.content', 'ablate.plots', 'ablate.page', 'ablate.markdown'),
       *(
         'ablate.arms',

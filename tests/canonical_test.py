@@ -18,6 +18,11 @@ ASKED = {'deterministic_sum': True, 'batch': 16, 'model.dropout': 0.1, 'optimize
 ASKED |= {'model.depth': 1}
 
 
+def as_users_have_it(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiled without the shortcut of tests, by which the bits depend on the number of devices."""
+  return lowered.compile({'xla_cpu_use_fusion_emitters': True})
+
+
 def on(count: int) -> jax.sharding.Mesh:
   return sharding.make_mesh(devices=jax.devices()[:count])
 
@@ -55,8 +60,8 @@ def test_the_same_bits_on_any_number_of_devices(parts, objective, overrides):
   for count in (8, 4, 2):
     with jax.set_mesh(mesh := on(count)), sharding.logical_axes('replicate'):
       like, transform, make_state = train.init_state(made, mesh)
-      state, step = make_state(), train.lower(made, mesh, like, transform).compile()
-      data = loader.Loader(made.examples('train'), 16, 0, made.rows(mesh))
+      step = as_users_have_it(train.lower(made, mesh, like, transform))
+      state, data = make_state(), loader.Loader(made.examples('train'), 16, 0, made.rows(mesh))
       for i in range(3):
         state, _ = step(state, made.place(data.batch(i), mesh))
     states.add(fingerprint.of_tree(state))
@@ -79,11 +84,13 @@ def test_without_noise_it_is_the_plain_sum(parts):
 def test_a_run_goes_on_with_fewer_devices_and_in_two_processes_to_the_bit(
   tiny, tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(train, '_compile', as_users_have_it)
   c = tiny('clm', **ASKED, **{'checkpoint.every': 2})
   expected = train.run(c, str(tmp_path / 'straight'))
   command = ['-m', 'lmjax.main', as_file(c, tmp_path), '--workdir', str(tmp_path / 'two')]
   command += ['--coordinator', f'localhost:{free_port()}', '--processes', '2', '--process']
-  pair = [spawn([*command, str(i)]) for i in range(2)]
+  flag = '--xla_force_host_platform_device_count=4'
+  pair = [spawn([*command, str(i)], flag) for i in range(2)]
   with monkeypatch.context() as patch:
     killed_after(patch, 3)
     with pytest.raises(Killed):

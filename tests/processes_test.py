@@ -55,9 +55,9 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def spawn(arguments: list[str], **options) -> subprocess.Popen:
+def spawn(arguments: list[str], xla: str = xla_flags(4), **options) -> subprocess.Popen:
   """A process with four devices."""
-  flags = {'XLA_FLAGS': xla_flags(4), 'PYTHONPATH': os.getcwd()}
+  flags = {'XLA_FLAGS': xla, 'PYTHONPATH': os.getcwd()}
   command = [sys.executable, '-W', 'ignore', *arguments]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen(command, env=os.environ | flags, **pipes, **options)
