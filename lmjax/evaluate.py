@@ -126,14 +126,19 @@ def check_best(parts: Experiment) -> None:
       f'checkpoint.keep_best needs checkpoint.every = {c["checkpoint"]["every"]} to be a multiple '
       f'of evaluate.every = {c["evaluate"]["every"]}, so that every checkpoint is evaluated'
     )
+  known = reported(parts)
+  if best not in known:
+    raise UserError(f'checkpoint.keep_best = "{best}" is not reported{did_you_mean(best, known)}')
+
+
+def reported(parts: Experiment) -> list[str]:
+  """The names of the numbers that an evaluation may have, but for those of the yardstick."""
   terms, numbers = jax.eval_shape(
     make_step(parts), nn.unbox(parts.boxed_shapes()), parts.abstract_batch(train=False)
   )
   names = ['loss', *terms, *numbers, *(['perplexity'] if 'xent' in numbers else [])]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
-  known = [f'eval/{name}/{key}' for name in c['data']['eval'] for key in names]
-  if best not in known:
-    raise UserError(f'checkpoint.keep_best = "{best}" is not reported{did_you_mean(best, known)}')
+  return [f'eval/{name}/{key}' for name in parts.config['data']['eval'] for key in names]
 
 
 def restore_params(

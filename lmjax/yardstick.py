@@ -30,6 +30,7 @@ from lmjax.experiment import Experiment
 from lmjax.metrics import Mean
 
 NAME, RATE, WIDTH = 'yardstick', 0.15, 62  # with [CLS] and [SEP] a window is a row of 64
+NUMBERS = ('masked_xent', 'masked_accuracy', 'pseudo_xent', 'pseudo_bits_per_byte')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

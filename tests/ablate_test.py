@@ -11,10 +11,11 @@ import time
 
 import pytest
 
-from lmjax import ablate, config
-from lmjax.ablate import arms, fixed, matching, runs
+from lmjax import ablate, config, sharding, train
+from lmjax.ablate import arms, budget, fixed, matching, runs
 from lmjax.ablate.fixed import Facts
 from lmjax.errors import UserError
+from lmjax.evaluate import Evaluator
 from tests import xla_flags
 
 QUICK, RATE = 'experiments/quickstart.py', 'experiments/ablations/mask_rate.py'
@@ -115,6 +116,7 @@ FACTS = Facts(
   sources={'train': 'a', 'validation': 'b'},
   rows='r',
   sets={'validation': 'v'},
+  metrics=frozenset(['eval/validation/xent', 'eval/validation/bits_per_byte']),
 )
 # What is another in the second arm -> a key that can have moved it, and one that cannot.
 CAUSES = {
@@ -148,6 +150,43 @@ def test_the_proof_says_what_is_the_same():
     'tokenizer: the same, t',
     'order of the text: the same rows one after the other, so many in a step as the batch has',
     'rows of validation: the same, v',
+  ]
+
+
+def test_a_metric_that_an_arm_does_not_report_is_said_before_anything_runs(monkeypatch, tmp_path):
+  made = ablate.Ablation(QUICK, tmp_path, ['optimizer.lr=0.1,0.2'])
+  monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
+  made.prove()
+  made.check_metric('')
+  made.check_metric('eval/validation/xent')
+  with pytest.raises(
+    UserError, match=r'=0.1 does not report eval/valid/xent .did you mean "eval/va'
+  ):
+    made.check_metric('eval/valid/xent')
+
+
+def test_what_an_arm_reports_is_known_beforehand(parts):
+  made = parts('clm', **{'evaluate.yardstick': 2, 'length': 64})
+  found = Evaluator(made, sharding.make_mesh())(
+    train.init_state(made, sharding.make_mesh())[2]().params
+  )
+  assert set(fixed._reported(made)) == found.keys()
+
+
+def test_a_plan_of_all_seeds():
+  found = arms.of(QUICK, ['model.depth=4,300'])
+  memory = {'peak': 1.5, 'evaluation': 2.0, 'capacity': 80.0}
+  entries = [
+    {'fits': True, 'memory_gib': memory, 'hours': 0.25},
+    {'fits': False, 'memory_gib': {**memory, 'peak': 99.0, 'evaluation': None}, 'hours': None},
+  ]
+  assert budget.lines(found, entries, 3, 2.0) == [
+    'model.depth=4: 2.00 of 80.00 GiB; 3 x 0.25 hours at least, price 1.50',
+    'model.depth=300: DOES NOT FIT, 99.00 of 80.00 GiB',
+    'one after the other: 0.75 hours at least, price 1.50',
+  ]
+  assert budget.lines(found[:1], entries[:1], 3, None) == [
+    'model.depth=4: 2.00 of 80.00 GiB; 3 x 0.25 hours at least'
   ]
 
 

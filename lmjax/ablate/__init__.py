@@ -99,6 +99,12 @@ class Ablation:
     self.runs = runs.planned(self.arms, self.seeds, self.directory)
     return self.lines
 
+  def check_metric(self, metric: str) -> None:
+    """Raises a UserError where an arm does not report what is to be compared; '' is left open."""
+    for arm, facts in zip(self.arms, self.facts, strict=True):
+      if metric and metric not in facts.metrics:
+        raise UserError(f'{arm.name} does not report {metric}{did_you_mean(metric, facts.metrics)}')
+
   def _kept(self) -> dict[str, Any] | None:
     path = self.directory / 'ablation.json'
     return jsonio.read(path) if path.exists() else None

@@ -16,7 +16,8 @@ import sys
 import jax
 from absl import flags
 
-from lmjax import ablate, command
+from lmjax import ablate, command, hardware
+from lmjax.ablate import budget
 from lmjax.errors import UserError
 
 LAUNCH = ('here', 'print')
@@ -32,10 +33,18 @@ def main() -> None:
     raise UserError(f'--parallel={f.parallel} must be at least 1')
   if not 0 < f.alpha < f.power < 1:
     raise UserError(f'--alpha={f.alpha} must be above 0 and below --power={f.power}, that below 1')
-  jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
+  if f.plan:
+    hardware.prepare([f.plan])
+  else:
+    jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
   made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move, f.vmap_seeds)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
+  made.check_metric(f.metric)
+  if f.plan:
+    entries = budget.plans(made.arms, f.plan)
+    print('\n'.join(budget.lines(made.arms, entries, f.seeds, f.price_per_hour)))
+    return
   left = made.jobs()
   if f.launch == 'print' and left:
     print('\n'.join(job.command for job in left))
@@ -72,6 +81,7 @@ if __name__ == '__main__':
   flags.DEFINE_list('may_move', [], 'Keys that may differ because a variant says so.')
   flags.DEFINE_bool('vmap_seeds', False, 'All seeds of an arm in one compiled program.')
   flags.DEFINE_string('workdir', '', 'Where runs and report are kept.')
+  flags.DEFINE_string('plan', '', 'Run nothing: say what it needs on a topology such as h100:1.')
   flags.DEFINE_string('metric', '', 'What is compared, such as eval/validation/xent.')
   flags.DEFINE_float('margin', None, 'Differences below it are of no interest.', lower_bound=0)
   flags.DEFINE_float('alpha', 0.05, 'How often a difference may be called where there is none.')

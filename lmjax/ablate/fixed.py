@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-from lmjax import experiment
+from lmjax import evaluate, experiment, yardstick
 from lmjax.ablate.arms import Arm
 from lmjax.data import loader
 from lmjax.errors import UserError
@@ -30,9 +31,8 @@ class Facts(NamedTuple):
   tokenizer: str  # fingerprint
   sources: dict[str, str]  # name of a set -> fingerprint of its text
   rows: str  # what of the text is in which row, and so in which step
-  sets: dict[
-    str, str
-  ]  # name of an evaluation set -> fingerprint of its rows as the model sees them
+  sets: dict[str, str]  # name of an evaluation set -> fingerprint of its rows as a model sees them
+  metrics: frozenset[str]  # what its evaluation reports
 
 
 def of(arm: Arm) -> Facts:
@@ -57,7 +57,16 @@ def of(arm: Arm) -> Facts:
     sources={name: source.fingerprint for name, source in parts.sources.items()},
     rows=f'{stored}-{spans.hexdigest()}-{len(train)}',
     sets={name: _rows(parts.examples(name)) for name in c['data']['eval']},
+    metrics=frozenset(_reported(parts)),
   )
+
+
+def _reported(parts: experiment.Experiment) -> list[str]:
+  shared = parts.config['evaluate'][yardstick.NAME]
+  numbers = yardstick.NUMBERS if shared else ()
+  with nn.logical_axis_rules(()):
+    found = evaluate.reported(parts)
+  return [*found, *(f'eval/{yardstick.NAME}/{key}' for key in numbers)]
 
 
 def _rows(examples: Any) -> str:
