@@ -108,30 +108,37 @@ def test_one_killed_between_the_saves_of_two_seeds_is_taken_up(pair, alone, tmp_
   assert len(groups) == 2
 
 
-def test_one_that_is_asked_to_stop_saves_all_and_goes_on_alone(pair, alone, tmp_path, monkeypatch):
+def test_what_is_asked_to_stop_saves_all_seeds_and_they_go_on_alone_or_together(
+  pair, alone, tmp_path, monkeypatch
+):
   asked = iter([False] * 3 + [True])
   with monkeypatch.context() as patch:
     patch.setattr(vmapped.stopping.Stop, 'tick', lambda _: next(asked))
     with pytest.raises(Restart, match='after step 3 of 6, which is saved'):
       vmapped.run(pair, [0, 1], tmp_path)
+  train.run({**pair, 'seed': 0}, tmp_path / '0')
   vmapped.run(pair, [0, 1], tmp_path)
   assert_same(tmp_path / '0', alone / '0')
   assert_same(tmp_path / '1', alone / '1')
 
 
-def test_a_seed_that_its_numbers_stop_leaves_the_others_alone(pair, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize('ill', [{1}, {0, 1}], ids=['one', 'all'])
+def test_seeds_that_their_numbers_stop_leave_the_others_alone(
+  pair, alone, tmp_path, monkeypatch, ill
+):
   batch = loader.Loader.batch
 
   def poisoned(self, step):
     found = batch(self, step)
-    if self.seed == 1 and step == 2:
+    if self.seed in ill and step == 2:
       found['weights'] = found['weights'] * np.nan
     return found
 
   with monkeypatch.context() as patch:
     patch.setattr(loader.Loader, 'batch', poisoned)
     vmapped.run(pair, [0, 1], tmp_path)
-  assert_same(tmp_path / '0', alone / '0')
+  if ill == {1}:
+    assert_same(tmp_path / '0', alone / '0')
   why = json.loads((tmp_path / '1' / 'stopped.json').read_text())['why']
   assert why.startswith('step 3: the loss is nan')
   assert not (tmp_path / '1' / 'result.json').exists()

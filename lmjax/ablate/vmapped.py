@@ -59,13 +59,14 @@ def run(config: Mapping[str, Any], seeds: Sequence[int], workdir: str | pathlib.
   c = config_lib.resolve(config)
   check(c)
   with stopping.Stop() as stop, contextlib.ExitStack() as held:
-    found = []
+    todo = []
     for seed in seeds:
       own = {**c, 'seed': seed, 'check': c['check'] and seed == seeds[0]}
       path = experiment.run_path(pathlib.Path(workdir) / str(seed))
       if not workdir_lib.check(path, own) and not (path / STOPPED).exists():
         held.enter_context(workdir_lib.owned(path))
-        found.append(held.enter_context(_Seed(own, path, len(seeds))))
+        todo.append((own, path))
+    found = [held.enter_context(_Seed(*one, len(todo))) for one in todo]
     if not found:
       return
     mesh = found[0].mesh
@@ -185,7 +186,9 @@ class _Group:
     """The numbers of every seed; None where it is to stop."""
     with self.clocks('evaluate'):
       sums = self._evaluator.sums(averaged(self.state), stop.tick)
-      return sums and [self._evaluator.values(_of(sums, i)) for i in range(len(self.seeds))]
+      if sums is None:
+        return None
+      return [self._evaluator.values(_of(sums, i)) for i in range(len(self.seeds))]
 
   def save(self, step: int, meta: Mapping[str, Any], held: Mapping, values: list, last: bool):
     """Each seed saves its state, with the numbers that were found of it."""
@@ -248,11 +251,13 @@ def _train(group: _Group, stop: stopping.Stop) -> None:
       evaluate = step == steps or step % c['evaluate']['every'] == 0
       if evaluate or due or asked or step % c['log']['every'] == 0:
         held = group.tell(hold=asked and not (evaluate or due))
+        if not held:  # all have been stopped
+          return
         watchdog.rest()
         values = group.evaluate(stop) if evaluate and not asked else []
         asked = asked or values is None
-        evaluated = not evaluate or bool(values)
-        if values:
+        evaluated = not evaluate or bool(values and values[0])
+        if evaluate and evaluated:
           for i, seed in group.going():
             seed.log.write(step, values[i])
         if due or asked:
