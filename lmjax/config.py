@@ -275,7 +275,9 @@ def _merge(into: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
   for key, value in given.items():
     path = prefix + key
     if key not in into and 'name' in into:
-      raise UserError(f'{prefix[:-1]} "{into.name}" has no "{key}"{did_you_mean(key, into)}')
+      said = f'{prefix[:-1]} "{into.name}" has no "{key}"{did_you_mean(key, into)}'
+      whole = f'--config.{prefix[:-1]}=\'{{"name": "{into.name}", …}}\''
+      raise UserError(said + f'; another kind is given as a whole: {whole}' * ('(known' in said))
     if key not in into:
       raise UserError(f'there is no "{path}" in the config{did_you_mean(key, into)}')
     section = isinstance(into[key], ConfigDict)

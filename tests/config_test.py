@@ -197,3 +197,12 @@ def test_sweeps():
   with pytest.raises(ValueError, match='argument 2 is shorter'):
     config.zipped({'a': [1, 2], 'b': [3]})
   assert config.arguments({'a.b': 0.3}) == ['--config.a.b=0.3']
+
+
+def test_another_kind_is_given_as_a_whole():
+  with pytest.raises(UserError) as error:
+    config.resolve(config.load(QUICK, {'tokenizer.name': 'wordpiece'}))
+  wanted = """another kind is given as a whole: --config.tokenizer='{"name": "wordpiece", …}'"""
+  assert str(error.value).endswith(wanted)
+  made = config.load(QUICK, {'tokenizer': '{"name": "wordpiece", "vocab_size": 4000}'})
+  assert config.resolve(made)['tokenizer']['name'] == 'wordpiece'
