@@ -45,7 +45,7 @@ def train(
     try:
       while process.poll() is None:
         time.sleep(POLL)
-        lines = _lines(directory)
+        lines = record.lines(directory, 'metrics.jsonl')
         if len(lines) > drawn:
           drawn = len(lines)
           shown.update(display.SVG(curve(lines)))
@@ -54,13 +54,8 @@ def train(
       process.wait()
   if process.returncode:
     raise UserError('\n'.join(file.read_text(errors='replace').splitlines()[-12:]))
-  shown.update(display.SVG(curve(_lines(directory))))
+  shown.update(display.SVG(curve(record.lines(directory, 'metrics.jsonl'))))
   return jsonio.read(directory / 'result.json')
-
-
-def _lines(directory: pathlib.Path) -> list[dict[str, Any]]:
-  there = (directory / 'metrics.jsonl').exists()
-  return record.lines(directory, 'metrics.jsonl') if there else []
 
 
 def curve(lines: list[dict[str, Any]]) -> str:
