@@ -2,9 +2,10 @@
 
 python -m lmjax.ablate.vmapped --config FILE.py[:ARG] --seeds 0,1,2 --workdir DIR
 
-A step of a small model leaves most of a device idle, and one of several such models, vmapped, takes
-hardly longer.  Each seed has a directory DIR/SEED like a run of its own, with the batches, the
-noise and, up to rounding, the numbers that it has alone; either may take up what the other began.
+A step of a small model leaves most of a device idle.  Five of them, vmapped, make 1.8 times as many
+steps a second of dim 16 on two CPU cores, and 1.3 times of dim 64 (tests/benchmarks/vmapped.py).
+Each seed has a directory DIR/SEED like a run of its own, with the batches, the noise and, up to
+rounding, the numbers that it has alone; either may take up what the other began.
 """
 
 import contextlib
