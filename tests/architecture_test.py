@@ -89,6 +89,7 @@ FLOORS = [
         'ablate.runs',
         'ablate.report',
         'ablate',
+        'ablate.budget',
       ),
     ]
   ],
