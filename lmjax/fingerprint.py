@@ -10,7 +10,7 @@ import collections
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,12 +26,21 @@ _LANES = ((0x9E3779B9, 0), (0x85EBCA6B, 0x165667B1))
 
 def of(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
   """Name -> 16 hexadecimal digits."""
-  # Arrays of one shape share a program, compiled once.  And one after the other: CPUs abort
-  # when several with collectives are under way at once.  Programs even where --debug wants none:
-  # operation by operation it takes minutes.
+  return {name: digits(pair) for name, pair in each(_lanes, arrays).items()}
+
+
+def each(
+  program: Callable[[jax.Array], jax.Array], arrays: Mapping[str, jax.Array | np.ndarray]
+) -> dict[str, np.ndarray]:
+  """What a compiled program says of every array; arrays of one shape share a compilation."""
+  found = {}
+  # Programs even where --debug wants none: operation by operation it takes minutes.
   with jax.disable_jit(False):
-    found = {name: jax.device_get(_lanes(x)) for name, x in arrays.items()}
-  return {name: digits(pair) for name, pair in found.items()}
+    for name, x in arrays.items():
+      found[name] = program(x)
+      if jax.default_backend() == 'cpu':  # aborts when several with collectives are under way
+        jax.block_until_ready(found[name])
+  return jax.device_get(found)
 
 
 def digits(lanes: Iterable[int]) -> str:

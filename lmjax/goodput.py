@@ -39,7 +39,7 @@ class Clock(contextlib.AbstractContextManager):
     now = time.time()
     self._began, self._among = before.get('began', now), among
     self._seconds = collections.Counter(dict.fromkeys(KINDS, 0.0) | before.get('seconds', {}))
-    self._seconds['down'] += max(0.0, now - before.get('until', now))
+    self._seconds['down'] += max(0.0, now - before.get('until', now)) / among
     self._kind, self._since = 'other', time.monotonic()
 
   def __exit__(self, *_: object) -> None:

@@ -176,13 +176,9 @@ class Guard:
 
   def check_finite(self, step: int, state: Any) -> None:
     """Keeps a state from being saved, and raises as `accepts` does: an update may overflow too."""
-    with jax.disable_jit(False):
-      real = {
-        name: x
-        for name, x in fingerprint.named(state).items()
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-      }
-      finite = {name: jax.device_get(_is_finite(x)) for name, x in real.items()}
+    named = fingerprint.named(state).items()
+    real = {name: x for name, x in named if jnp.issubdtype(x.dtype, jnp.inexact)}
+    finite = fingerprint.each(_is_finite, real)
     if wrong := [name for name, is_finite in finite.items() if not is_finite]:
       action = 'stop' if self._options['on_bad'] == 'skip' else self._options['on_bad']
       self._decide(action, step, f'not finite is {_some(wrong)}')
