@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -32,7 +33,9 @@ MALLOC = {
   'MALLOC_MMAP_THRESHOLD_': str(1 << 33),
   'MALLOC_TRIM_THRESHOLD_': str(1 << 33),
 }
-_children: list[Callable[[], None]] = []  # what ends each
+GRACE = 30  # seconds in which children save; schedulers give as much before they kill
+_children: list[tuple[subprocess.Popen, bool]] = []  # and whether it saves
+_beginning = threading.Lock()  # held by who begins a child, and by the end of this process
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
@@ -81,25 +84,39 @@ def end(number: int) -> NoReturn:
   """Ends all processes of this run, and those that this one has begun, as a signal asks for."""
   code, why = _ENDS[number]
   say(why)
-  for end_it in _children:
-    end_it()
-  processes.leave(code, why)
+  with _beginning:
+    for process, saves in _children:
+      _ask(process, saves)
+    until = time.monotonic() + GRACE
+    for process, _ in list(_children):
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0, until - time.monotonic()))
+    processes.leave(code, why)
 
 
 @contextlib.contextmanager
-def child(process: subprocess.Popen, saves: bool = False) -> Iterator[None]:
-  """It does not outlive what is inside, nor this process where a signal ends that.
+def child(argv: Sequence[str], saves: bool = False, **options: Any) -> Iterator[subprocess.Popen]:
+  """A process that does not outlive what is inside, nor this process where a signal ends that.
 
-  One that `saves` is then asked to stop, and has a moment more.
+  One that `saves` is then asked to stop and waited for; a terminal's ^C does not reach it.
   """
-  end_it = process.terminate if saves else process.kill
-  _children.append(end_it)
+  with _beginning:
+    process = subprocess.Popen(argv, start_new_session=saves, **options)
+    _children.append((process, saves))
   try:
-    yield
+    yield process
   finally:
-    process.kill()
+    _ask(process, saves)
     process.wait()
-    _children.remove(end_it)
+    _children.remove((process, saves))
+
+
+def _ask(process: subprocess.Popen, saves: bool) -> None:
+  """To end."""
+  if saves:
+    process.terminate()
+  else:
+    process.kill()
 
 
 def end_with_parent() -> None:

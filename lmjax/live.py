@@ -38,20 +38,14 @@ def train(
   file = directory.with_name(f'{directory.name}.log')
   shown, drawn = display.display(display.Markdown('preparing …'), display_id=True), 0
   with file.open('w') as log:
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'lmjax.main', *argv], stdout=log, stderr=subprocess.STDOUT
-    )
-  with command.child(process, saves=True):
-    try:
+    argv = [sys.executable, '-m', 'lmjax.main', *argv]
+    with command.child(argv, saves=True, stdout=log, stderr=subprocess.STDOUT) as process:
       while process.poll() is None:
         time.sleep(POLL)
         lines = record.lines(directory, 'metrics.jsonl')
         if len(lines) > drawn:
           drawn = len(lines)
           shown.update(display.SVG(curve(lines)))
-    finally:
-      process.terminate()
-      process.wait()
   if process.returncode:
     raise UserError('\n'.join(file.read_text(errors='replace').splitlines()[-12:]))
   shown.update(display.SVG(curve(record.lines(directory, 'metrics.jsonl'))))

@@ -82,6 +82,12 @@ def owned(path: epath.Path) -> Iterator[None]:
     yield
 
 
+def owner(path: epath.Path) -> str:
+  """Who is at work in there; '' where nobody is, or it cannot be known."""
+  with contextlib.ExitStack() as stack:
+    return _lock(path, stack) if (path / '.lock').exists() else ''
+
+
 def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str:
   if '://' in str(path):
     return ''

@@ -1,5 +1,6 @@
 """Ablations: arms differ in what was named, get equally much, and survive what runs survive."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from lmjax import ablate, config, sharding, train
+from lmjax import ablate, config, sharding, train, workdir
 from lmjax.ablate import arms, budget, fixed, matching, runs
 from lmjax.ablate.fixed import Facts
 from lmjax.errors import UserError
@@ -308,21 +310,26 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   where, argv = command
   argv = [*argv, '--vary=label=one,two', '--seeds=2']
   environment = os.environ | {'XLA_FLAGS': xla_flags(1)}
-  process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, env=environment)
-  second = where / 'runs' / 'label=two' / '0'
-  while not (second / 'checkpoints' / '20').exists():
-    assert process.poll() is None
-    time.sleep(0.01)
-  process.kill()
-  process.wait()
-  while _alive(second):  # it is told, and saves
-    time.sleep(0.05)
-  assert not (second / 'result.json').exists()
-  begun = (where / 'runs' / 'label=one' / '0' / 'result.json').stat().st_mtime
+  first, second = (where / 'runs' / f'label={name}' / '0' for name in ('one', 'two'))
+
+  def until(run, step, number):
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, env=environment)
+    while not (run / 'checkpoints' / str(step)).exists():
+      assert process.poll() is None
+      time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+  assert until(first, 10, signal.SIGTERM) == 75
+  assert not workdir.owner(first)  # it was waited for
+  assert not (first / 'result.json').exists()
+  assert 'SIGTERM' in first.with_name('0.log').read_text()
+  assert until(second, 20, signal.SIGKILL) == -signal.SIGKILL
+  begun = (first / 'result.json').stat().st_mtime
 
   done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
   assert done.returncode == 0, done.stderr
-  assert (where / 'runs' / 'label=one' / '0' / 'result.json').stat().st_mtime == begun
+  assert (first / 'result.json').stat().st_mtime == begun
   assert 'the same: every seed ends with the same number' in done.stdout
   study = json.loads((where / 'report.json').read_text())
   (comparison,) = study['comparisons']
@@ -350,11 +357,6 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
     UserError, match=r'another ablation .it differs in arms label=three, label=two'
   ):
     ablate.Ablation(file, where, ['label=one,three']).prove()
-
-
-def _alive(workdir: pathlib.Path) -> bool:
-  said = subprocess.run(['pgrep', '-f', f'workdir={workdir}'], stdout=subprocess.PIPE).stdout
-  return bool(said.strip())
 
 
 class Process:
@@ -398,6 +400,21 @@ def ended(monkeypatch, tmp_path):
     return run.outcome()
 
   return end
+
+
+@pytest.mark.parametrize('leaves', [True, False])
+def test_a_run_whose_ablation_was_killed_has_time_to_save(ended, monkeypatch, tmp_path, leaves):
+  path = tmp_path / 'runs' / 'label=a' / '0'
+  path.mkdir(parents=True)
+  monkeypatch.setattr(runs, 'LEAVES', 60 if leaves else 0)
+  held = contextlib.ExitStack()
+  held.enter_context(workdir.owned(path))
+  if leaves:
+    threading.Timer(0.5, held.close).start()
+    assert ended(0) == ('finished', '')
+  else:
+    with held, pytest.raises(UserError, match=f'another run is at work in {path}: process'):
+      ended(0)
 
 
 def test_ends_of_runs(ended):

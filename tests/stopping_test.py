@@ -372,9 +372,9 @@ def test_before_the_first_step_a_signal_ends_the_process(number, code, where):
 
 def test_no_child_outlives_a_signal(tmp_path):
   code = (
-    'import subprocess, sys, time\nfrom lmjax import command\n'
-    'def main():\n  child = subprocess.Popen(["sleep", "60"], stdout=-3, stderr=-3)\n'
-    '  with command.child(child):\n    print(child.pid, flush=True)\n    time.sleep(60)\n'
+    'import time\nfrom lmjax import command\n'
+    'def main():\n  with command.child(["sleep", "60"], stdout=-3, stderr=-3) as child:\n'
+    '    print(child.pid, flush=True)\n    time.sleep(60)\n'
     'command.run(main, ["it"])\n'
   )
   process = subprocess.Popen(
@@ -390,6 +390,23 @@ def test_no_child_outlives_a_signal(tmp_path):
       return
     time.sleep(0.05)
   pytest.fail('it is still there')
+
+
+def test_a_child_that_saves_is_waited_for(tmp_path):
+  """Who starts the same again at once must not meet it."""
+  saves = 'trap "sleep 1; touch saved; exit" TERM; echo here; while :; do sleep 0.05; done'
+  code = (
+    'import time\nfrom lmjax import command\n'
+    f'def main():\n  with command.child(["sh", "-c", {saves!r}], saves=True):\n    time.sleep(60)\n'
+    'command.run(main, ["it"])\n'
+  )
+  argv = [sys.executable, '-c', code]
+  process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+  assert process.stdout.readline() == 'here\n'
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 75
+  assert (tmp_path / 'saved').exists()
+  process.communicate()
 
 
 def test_a_stuck_step_ends_the_process_with_all_stacks():

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pathlib
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -17,12 +16,14 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lmjax import command, jsonio, record
+from lmjax import workdir as workdir_lib
 from lmjax.ablate.arms import Arm
 from lmjax.ablate.vmapped import STOPPED
 from lmjax.errors import NonFinite, Restart, UserError
 
 TRIES = 5  # starts without a new checkpoint, before a run is given up
 POLL = 0.2  # seconds
+LEAVES = 60  # seconds that a run may take to save when its ablation is gone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,6 +166,8 @@ def work(todo: Sequence[Job], places: Sequence[Slot]) -> Iterator[Run]:
   Raises:
     UserError: a job that ends with a mistake, or again and again without any progress.
   """
+  for run in (run for job in todo for run in job.runs):
+    _await(run.workdir)
   todo, free, going = deque(todo), deque(places), {}
   try:
     while todo or going:
@@ -182,6 +185,15 @@ def work(todo: Sequence[Job], places: Sequence[Slot]) -> Iterator[Run]:
       attempt.stop()
 
 
+def _await(workdir: pathlib.Path) -> None:
+  """One whose ablation was killed saves and leaves; before that, nobody takes it up."""
+  until = time.monotonic() + LEAVES
+  while who := workdir_lib.owner(epath.Path(workdir)):
+    if time.monotonic() > until:
+      raise UserError(who)
+    time.sleep(POLL)
+
+
 class _Try:
   """The starts of a job, one after the other."""
 
@@ -195,10 +207,10 @@ class _Try:
     argv = [sys.executable, '-m', *self.job.argv, '--end_with_parent']
     streams = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     environment = os.environ | dict(self.place.environment)
-    with self.job.log.open('ab') as log:
-      self._process = subprocess.Popen(argv, stdout=log, env=environment, **streams)
     self._held = contextlib.ExitStack()
-    self._held.enter_context(command.child(self._process, saves=True))
+    with self.job.log.open('ab') as log:
+      began = command.child(argv, saves=True, stdout=log, env=environment, **streams)
+      self._process = self._held.enter_context(began)
     os.sched_setaffinity(self._process.pid, self.place.cores)
 
   def ended(self) -> bool:
@@ -228,9 +240,6 @@ class _Try:
 
   def stop(self) -> None:
     """As from a signal: it saves, and leaves."""
-    if self._process.poll() is None:
-      self._process.send_signal(signal.SIGTERM)
-    self._process.wait()
     self._held.close()
 
 

@@ -10,7 +10,6 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -109,8 +108,7 @@ def run(
   step, variables = 0, os.environ | dict(environment or {})
   before = _file(workdir)
   with workdir.with_suffix('.log').open('w+') as said:
-    process = subprocess.Popen(arguments, stdout=said, stderr=said, env=variables)
-    with command.child(process):
+    with command.child(arguments, stdout=said, stderr=said, env=variables) as process:
       while process.poll() is None:
         step = logged(workdir) if _file(workdir) != before else 0  # of this start, not a former one
         if kill_after and step >= kill_after:
