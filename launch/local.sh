@@ -101,12 +101,13 @@ for ((tries = 1; ; tries++)); do
   began=$SECONDS
   start
   [[ ${o[dry_run]} == no ]] || exit 0
+  [[ ! $stopped ]] || kill -TERM "${pids[@]}" 2> /dev/null || true # who came while they were begun
   finish
   ((SECONDS - began < o[steady])) || tries=1
   [[ $code == 75 && ! $stopped && $tries -le ${o[retries]} ]] || break
   say "left with 75, starts again in ${o[pause]} s ($tries of ${o[retries]})"
-  sleep "${o[pause]}" &
-  wait $! || true
+  began=$SECONDS
+  while [[ ! $stopped ]] && ((SECONDS - began < o[pause])); do sleep 0.2 || true; done
   [[ ! $stopped ]] || break
 done
 for ((i = 0; i < 20 && ${#printers[@]}; i++)); do # a child left behind could hold them open
