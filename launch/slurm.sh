@@ -4,7 +4,7 @@
 #   launch/slurm.sh [options] -- --config FILE.py[:ARG] --workdir DIR [--config.a=b …]
 #   launch/slurm.sh [options] --array FILE
 #
-# --array FILE         line k of FILE is the shell command of task k; it must not be changed before all have begun
+# --array FILE         line k of FILE is the shell command of task k; a hidden copy is kept beside it
 # --at_most M          so many of the array at once (all)
 # --nodes N            of each job (1)
 # --tasks_per_node N   processes on each node (1), which find each other
@@ -47,7 +47,11 @@ if [[ ${o[array]} ]]; then
   tasks=$(grep -c '' "${o[array]}") || mistake "--array=${o[array]@Q} has no lines"
   [[ ! ${o[at_most]} ]] || number at_most 1
   flags+=("--array=1-$tasks${o[at_most]:+%${o[at_most]}}")
-  arguments=(--line "$(realpath "${o[array]}")")
+  # A task that is queued again reads its line again, and FILE may be another one by then.
+  file=$(realpath "${o[array]}")
+  copy=${file%/*}/.${file##*/}.$(sha256sum < "$file" | cut -c1-16)
+  run cp "$file" "$copy"
+  arguments=(--line "$copy")
 else
   ((${#arguments[@]})) || mistake 'nothing stands behind --: what is to run?'
   [[ ! ${o[at_most]} ]] || mistake '--at_most is for an --array'

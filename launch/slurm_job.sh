@@ -13,7 +13,11 @@ retries=$1 && shift
 job=$SLURM_JOB_ID
 # One task of an array has the number of the whole array, which would all be meant.
 [[ ! ${SLURM_ARRAY_TASK_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-[[ $1 != --line ]] || set -- bash -c "$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$2")"
+if [[ $1 == --line ]]; then
+  line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$2")
+  [[ $line ]] || { echo "slurm_job.sh: line $SLURM_ARRAY_TASK_ID of $2 is empty" >&2 && exit 2; }
+  set -- bash -c "$line"
+fi
 [[ ! ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun forgets
 
 # srun would kill its tasks at once if it heard SIGTERM itself.

@@ -135,6 +135,8 @@ def test_slurm(slurm, tmp_path):
   codes = {'mistake': 2, 'gives_up': 75}
   assert {name: job.wait(30) for name, job in jobs.items()} == {n: codes.get(n, 0) for n in jobs}
 
+  (tmp_path / 'lines').write_text('')  # what is queued again has the line that it had
+
   # What SLURM does before a job's time is up, and what a user does.
   until(lambda: 'long' in said('stopped') and 'long' in said('cancelled'))
   asked(slurm, 'scancel', '--batch', '--signal=TERM', *ids('stopped'))
