@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh runs on every host of a TPU; it outlives the connection, and is found again by the next call.
 #
-#   tpu_vm_host.sh install SHELL_COMMAND       unpacks ~/lmjax.tar.gz into ~/lmjax and runs the command in it
-#   tpu_vm_host.sh run COMMAND [ARGUMENT …]    begins the command in ~/lmjax, or finds it at work; shows what it prints
-#                                              from now on, and leaves with its code, but with 101 instead of 1,
-#                                              which is that of gcloud's own errors
+#   tpu_vm_host.sh install SHELL_COMMAND       unpacks ~/lmjax.tar.gz into ~/.lmjax/source and runs the command in it
+#   tpu_vm_host.sh run COMMAND [ARGUMENT …]    begins the command there, or finds it at work; shows what it prints from
+#                                              now on, and leaves with its code, but with 101 instead of 1, which is
+#                                              that of gcloud's own errors
 #
 # ~/.lmjax/log keeps what all runs have printed.  While one is at work, nothing is installed.
 set -euo pipefail
 
 install() {
   at_work && return
-  rm -rf lmjax
-  mkdir lmjax
-  tar -xzf lmjax.tar.gz -C lmjax
-  cd lmjax
+  mkdir -p .lmjax/source
+  rm -rf .lmjax/source/{lmjax,experiments} # and nothing else: a run may be kept beside them
+  tar -xzf lmjax.tar.gz -C .lmjax/source
+  cd .lmjax/source
   bash -c "$1"
 }
 
@@ -29,7 +29,7 @@ run() {
     printf '%q ' "$@" > .lmjax/command
     # Only flock itself holds the lock, so that children which are left behind do not.
     # shellcheck disable=SC2016 # it is expanded there
-    setsid nohup flock -no .lmjax/lock bash -c 'cd lmjax; "$@"; echo $? > ~/.lmjax/code' run "$@" \
+    setsid nohup flock -no .lmjax/lock bash -c 'cd .lmjax/source; "$@"; echo $? > ~/.lmjax/code' run "$@" \
       >> .lmjax/log 2>&1 < /dev/null &
     echo $! > .lmjax/pid
   elif [[ $(printf '%q ' "$@") != "$(< .lmjax/command)" ]]; then

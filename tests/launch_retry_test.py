@@ -157,8 +157,8 @@ def test_a_signal_gives_the_tpu_back(world):
 
 def test_a_run_on_a_tpu_outlives_its_connection(world):
   home = {'HOME': str(world.home / 'host0')}
-  code, log = (world.home / 'host0' / 'lmjax', world.home / 'host0' / '.lmjax' / 'log')
-  code.mkdir()
+  code, log = (world.home / 'host0' / '.lmjax' / 'source', world.home / 'host0' / '.lmjax' / 'log')
+  (code / 'lmjax').mkdir(parents=True)
   world.plan(python=['wait', 0])
   first = begun(world, 'tpu_vm_host', 'run', 'python', 'a  b', **home)
   wait_for(world, 'waits')
@@ -170,7 +170,7 @@ def test_a_run_on_a_tpu_outlives_its_connection(world):
     'another command is at work here: python a\\ \\ b \n',
   )
   assert world.call('tpu_vm_host', 'install', 'exit 1', **home).returncode == 0
-  assert code.exists()
+  assert (code / 'lmjax').exists()
   again = begun(world, 'tpu_vm_host', 'run', 'python', 'a  b', **home)
   time.sleep(0.5)
   lock = world.home / 'host0' / '.lmjax' / 'lock'
