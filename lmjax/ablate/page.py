@@ -116,9 +116,9 @@ def _forest(study: Study) -> str:
   plot = plots.forest(study)
   margin = f' Shaded: less than the margin of {study["margin"]:g}{numbers.unit(study)}.'
   caption = _name(
-    f'Differences in {study["metric"]} from {study["arms"][0]["name"]}, with intervals that all '
-    f'hold at once with {100 * (1 - study["alpha"]):g} %.{margin if study["margin"] else ""} '
-    'Hollow points are not decided.'
+    f'Differences in {study["metric"]} from {study["arms"][0]["name"]}, with intervals of '
+    f'{100 * (1 - study["alpha"]):g} % or more, as Holm corrects them.'
+    f'{margin if study["margin"] else ""} Hollow points are not decided.'
   )
   figure = f'<figure class="forest">\n{plot}\n<figcaption>{caption}</figcaption>\n</figure>'
   return figure if plot else ''
@@ -145,7 +145,7 @@ def _curves(study: Study) -> str:
 def _block(block: Block) -> str:
   match block:
     case Text(words):
-      return f'<p>{words}</p>\n'
+      return f'<p>{escape(words)}</p>\n'
     case Bullets(items):
       return f'<ul>{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>\n'
     case Commands(title, lines):

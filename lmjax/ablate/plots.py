@@ -68,9 +68,8 @@ def curves(study: Study, axis: str) -> str:
 
 
 def forest(study: Study) -> str:
-  """The comparisons by the metric of the study, one below the other; '' where there is none."""
-  found = [c for c in study['comparisons'] if c['metric'] == study['metric']]
-  found = [c for c in found if c['difference'] is not None]
+  """The comparisons, one below the other; '' where there is none."""
+  found = [c for c in study['comparisons'] if c['difference'] is not None]
   if not found:
     return ''
   labels = [_label(study, comparison) for comparison in found]
@@ -182,8 +181,7 @@ def _name_axes(axes: Axes, axis: str, end: float) -> None:
 
 def _label(study: Study, comparison: Mapping[str, Any]) -> list[str]:
   """In lines that fit; names are broken between the values that they are of."""
-  reference, name = comparison['arms']
-  name += '' if reference == study['arms'][0]['name'] else f' against {reference}'
+  _, name = comparison['arms']
   difference = numbers.difference(study, comparison)
   whole = f'{name}: {difference}'
   narrow = textwrap.wrap(name.replace(',', ', '), LETTERS)

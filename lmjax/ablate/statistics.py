@@ -45,7 +45,7 @@ class Comparison:
   p_holm: float | None  # of this one among all; what the outcome is decided by
   outcome: str  # better, worse, equivalent, inconclusive, same, unknown
   verdict: str
-  seeds_needed: int | None  # so many more; None: inconclusive, and no margin to say for what
+  seeds_needed: int | None  # so many more; None: no margin to say for what, or too coarse
   pairing_gain: float | None  # variance of unpaired differences / that of paired ones
 
 
@@ -77,7 +77,9 @@ def compare(
       alpha/2 at most, any arm is wrongly said to be so near.
     inconclusive: neither.  `seeds_needed` is for a true difference as large as the margin, and
       does not look at the difference that was seen, which is mostly noise where this is asked.
-    same: every difference is exactly 0.  unknown: fewer than two pairs.
+    same: every difference is exactly 0.
+    unknown: fewer than two pairs, or all of them differ by the same, as coarse numbers do (shares
+      of few answers): such say nothing about noise.
 
   Args:
     values: finite numbers; the first arm is the reference.
@@ -103,8 +105,9 @@ def _compared(
   arms: list[str], metric: str, pairs: _Pairs, tested: Tested, asked: Asked
 ) -> Comparison:
   outcome = verdicts.outcome(tested, asked)
-  more, known = _more(outcome, tested, asked), outcome != 'unknown'
-  least = detectable(tested.n, tested.deviation, asked.share, asked.power) if more is None else None
+  more, known, least = _more(outcome, tested, asked), outcome != 'unknown', None
+  if outcome == 'inconclusive' and more is None:
+    least = detectable(tested.n, tested.deviation, asked.share, asked.power)
   return Comparison(
     arms=arms,
     metric=metric,
@@ -120,17 +123,11 @@ def _compared(
   )
 
 
-def seeds_needed(effect: float, deviation: float, alpha: float, power: float) -> int:
-  """The fewest pairs in which a two-sided test finds a true difference with this probability.
+def detectable(n: int, deviation: float, alpha: float, power: float) -> float:
+  """The smallest true difference that a two-sided test of n pairs finds with this probability.
 
   `deviation` is that of paired differences, and known.  To find it is to call it by its sign.
   """
-  assert effect
-  return _first(lambda n: detectable(n, deviation, alpha, power) <= abs(effect), least=2)
-
-
-def detectable(n: int, deviation: float, alpha: float, power: float) -> float:
-  """The smallest true difference that n pairs find with this probability; see seeds_needed."""
   assert n >= 2
   assert alpha < power
   shift = special.nctdtrinc(n - 1.0, 1 - power, _critical(n, alpha))
@@ -179,18 +176,18 @@ def _all_pairs(values: Values) -> list[_Pairs]:
 
 
 def _tests(pairs: list[_Pairs], asked: Asked) -> list[Tested]:
-  """A test with too few pairs has p = 1, and is among those that are corrected for."""
+  """A test that knows no noise has p = 1, and is among those that are corrected for."""
   n = np.array([len(pair.seeds) for pair in pairs])
   means = np.array([pair.differences.mean() if pair.seeds else math.nan for pair in pairs])
-  spreads = [np.std(x.differences, ddof=1) if len(x.seeds) > 1 else math.nan for x in pairs]
-  errors = np.array(spreads) / np.sqrt(np.maximum(n, 1))
+  spreads = np.array([_deviation(pair) for pair in pairs])
+  errors = spreads / np.sqrt(np.maximum(n, 1))
   with np.errstate(divide='ignore', invalid='ignore'):
     p = 2 * special.stdtr(n - 1, -np.abs(means) / errors)
-  p = np.where(np.isnan(p), 1.0, p)  # too few, or no difference and no deviation
+  p = np.where(np.isnan(p), 1.0, p)
   holm, steps = _holm(p)
   gained = (holm <= asked.alpha) & (p > asked.share)
   half = errors * _critical(n, np.where(gained, asked.alpha / steps, asked.share))
-  columns = (n, means, np.array(spreads), p, holm, half, errors * _critical(n, asked.share))
+  columns = (n, means, spreads, p, holm, half, errors * _critical(n, asked.share))
   return [Tested(*row) for row in zip(*(x.tolist() for x in columns), strict=True)]
 
 
@@ -217,6 +214,14 @@ def _first(fits: Callable[[int], Any], least: int) -> int:
     middle = (low + high) // 2
     low, high = (low, middle) if fits(middle) else (middle, high)
   return high
+
+
+def _deviation(pair: _Pairs) -> float:
+  """nan where nothing is known of it."""
+  if _is_noisy(pair):
+    return float(np.std(pair.differences, ddof=1))
+  same = len(pair.seeds) > 1 and not pair.differences.any()
+  return 0.0 if same else math.nan
 
 
 def _is_noisy(pair: _Pairs) -> bool:
@@ -253,7 +258,7 @@ def _more(outcome: str, tested: Tested, asked: Asked) -> int | None:
   """
   n, deviation, margin = tested.n, tested.deviation, asked.margin
   if outcome == 'unknown':
-    return 2 - n
+    return 2 - n if n < 2 else None
   if outcome != 'inconclusive':
     return 0
   if not margin:

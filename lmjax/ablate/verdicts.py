@@ -21,7 +21,7 @@ class Asked(NamedTuple):
 class Tested(NamedTuple):
   n: int
   mean: float
-  deviation: float
+  deviation: float  # nan where nothing is known of it
   p: float
   holm: float
   half: float  # the interval is mean ± half
@@ -30,7 +30,7 @@ class Tested(NamedTuple):
 
 def outcome(tested: Tested, asked: Asked) -> str:
   """See statistics.compare."""
-  if tested.n < 2:
+  if math.isnan(tested.deviation):
     return 'unknown'
   if tested.mean == tested.deviation == 0:
     return 'same'
@@ -50,6 +50,10 @@ def sentence(
   """With `more` seeds needed, or, where there is no margin to say how many, what these find."""
   n, unit = tested.n, asked.unit and f' {asked.unit}'
   match outcome:
+    case 'unknown' if n > 1:
+      return (
+        f'unknown: all {n} seeds differ by {tested.mean:.3g}{unit}, which is too coarse a number'
+      )
     case 'unknown' if n:
       return 'unknown: one seed says nothing about noise; at least 1 more is needed'
     case 'unknown':
@@ -71,8 +75,6 @@ def sentence(
 
 def _size(mean: float, half: float, unit: str) -> str:
   """mean ± half, to as many digits as are needed to see that one is the larger."""
-  if half < 1e-6 * mean:  # what is left is rounding
-    return f'{_exact(mean)}{unit} in every seed'
   first = _decimals(half, 2 if f'{half:.1e}'[0] in '12' else 1)
   for decimals in range(first, first + 6):
     size, error = (f'{x:,.{decimals}f}' for x in (mean, half))
