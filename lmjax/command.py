@@ -119,11 +119,13 @@ def _ask(process: subprocess.Popen, saves: bool) -> None:
     process.kill()
 
 
-def end_with_parent() -> None:
-  """This process is asked to stop when the one that has started it is gone, however it went."""
+def end_with(parent: int) -> None:
+  """This process is asked to stop when its parent, with this number, is gone, however it went."""
   of_its_end = 1  # PR_SET_PDEATHSIG of prctl(2), which Linux alone has
   if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(of_its_end, signal.SIGTERM)
+  if os.getppid() != parent:
+    raise Restart(f'process {parent}, which has started this one, is gone')
 
 
 def _explain(error: BaseException) -> int:

@@ -36,3 +36,9 @@ class Restart(RuntimeError):
 
 class ProcessLost(Restart):
   """A process did not come or is gone."""
+
+
+def of_code(code: int) -> type[Exception]:
+  """What ends a command with this code; a mistake of ours is a RuntimeError."""
+  known = UserError, NonFinite, StorageError, Restart
+  return next((one for one in known if one.exit_code == code), RuntimeError)

@@ -71,6 +71,13 @@ def check_replicas(state: Any) -> None:
     )
 
 
+def stopped(path: epath.Path) -> str:
+  """Why the numbers of the run in `path` have stopped it; '' where they have not."""
+  events = list(jsonio.read_lines(path / 'events.jsonl'))
+  last = events[-1] if events else {'event': ''}
+  return f'step {last["step"]}: {last["why"]}' if last['event'] == 'stop' else ''
+
+
 class Guard:
   """The decisions of a run; of several processes all take the same, and process 0 writes them.
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lmjax import command, config, jsonio, record
+from lmjax import workdir as workdir_lib
 from lmjax.errors import UserError
 
 POLL = 1.0  # seconds
@@ -32,20 +32,22 @@ def train(
   """
   from IPython import display  # which a notebook has, and a training job need not
 
-  directory = pathlib.Path(workdir)
+  directory = workdir_lib.on_disk(workdir)
   directory.parent.mkdir(parents=True, exist_ok=True)
-  argv = [*config.flags_of(spec, overrides or {}), f'--workdir={directory}', '--end_with_parent']
+  own = [f'--workdir={directory}', f'--parent={os.getpid()}']
+  argv = [sys.executable, '-m', 'lmjax.main', *config.flags_of(spec, overrides or {}), *own]
   file = directory.with_name(f'{directory.name}.log')
   shown, drawn = display.display(display.Markdown('preparing …'), display_id=True), 0
-  with file.open('w') as log:
-    argv = [sys.executable, '-m', 'lmjax.main', *argv]
-    with command.child(argv, saves=True, stdout=log, stderr=subprocess.STDOUT) as process:
-      while process.poll() is None:
-        time.sleep(POLL)
-        lines = record.lines(directory, 'metrics.jsonl')
-        if len(lines) > drawn:
-          drawn = len(lines)
-          shown.update(display.SVG(curve(lines)))
+  with (
+    file.open('w') as log,
+    command.child(argv, saves=True, stdout=log, stderr=subprocess.STDOUT) as process,
+  ):
+    while process.poll() is None:
+      time.sleep(POLL)
+      lines = record.lines(directory, 'metrics.jsonl')
+      if len(lines) > drawn:
+        drawn = len(lines)
+        shown.update(display.SVG(curve(lines)))
   if process.returncode:
     raise UserError('\n'.join(file.read_text(errors='replace').splitlines()[-12:]))
   shown.update(display.SVG(curve(record.lines(directory, 'metrics.jsonl'))))

@@ -11,8 +11,8 @@ from lmjax import command, config
 
 
 def main() -> None:
-  if flags.FLAGS.end_with_parent:
-    command.end_with_parent()
+  if flags.FLAGS.parent:
+    command.end_with(flags.FLAGS.parent)
   if flags.FLAGS.config is None:
     raise config.UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if not flags.FLAGS.workdir:
@@ -37,6 +37,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'Where the run is kept; the same again resumes it.')
   flags.DEFINE_string('profile', '', 'Trace the steps FIRST:LAST into the workdir.')
   flags.DEFINE_bool('debug', False, 'Nothing is compiled: every array can be looked at.')
-  flags.DEFINE_bool('end_with_parent', False, 'Stop, saved, when what has started it is gone.')
+  flags.DEFINE_integer('parent', None, 'Stop, saved, when this process, which began it, is gone.')
   command.define_process_flags()
   command.run(main)

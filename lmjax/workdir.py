@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import pathlib
 import shutil
 import socket
 import uuid
@@ -64,6 +65,13 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   if not processes.share(seen and all(seen)):
     raise UserError(f'{path} is not the same for all: all hosts need one workdir together')
   return None
+
+
+def on_disk(path: str | os.PathLike) -> pathlib.Path:
+  """Absolute.  UserError for one in a bucket, where it is more than runs that are kept."""
+  if '://' in os.fspath(path):
+    raise UserError(f'{os.fspath(path)} is in a bucket, and this is kept on a disk')
+  return pathlib.Path(path).expanduser().absolute()
 
 
 @contextlib.contextmanager

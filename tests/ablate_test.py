@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from lmjax import ablate, config, sharding, train, workdir
 from lmjax.ablate import arms, budget, fixed, matching, runs
 from lmjax.ablate.fixed import Facts
-from lmjax.errors import UserError
+from lmjax.errors import StorageError, UserError
 from lmjax.evaluate import Evaluator
 from tests import xla_flags
 
@@ -31,6 +32,7 @@ VARIED = {
     'steps=2,batch=8',
   ],
   ('label=one,two',): ['label=one', 'label=two'],
+  ('label=don\'t,"a, b"',): ["label=don't", 'label=%22a, b%22'],
   ('variant=gpt,bert',): ['variant=gpt', 'variant=bert'],
   ('optimizer.args={"a": (1, 2)},{"b": "x,y"}',): [
     "optimizer.args={%22a%22: (1, 2)}",
@@ -118,22 +120,26 @@ FACTS = Facts(
   sources={'train': 'a', 'validation': 'b'},
   rows='r',
   sets={'validation': 'v'},
+  partial=frozenset(),
+  windows='w',
   metrics=frozenset(['eval/validation/xent', 'eval/validation/bits_per_byte']),
 )
-# What is another in the second arm -> a key that can have moved it, and one that cannot.
+# What is said to move -> the second arm, a key that can have moved it, and one that cannot.
 CAUSES = {
-  'parameters': (1001, 'model.dim', 'optimizer.lr'),
-  'tokenizer': ('u', 'tokenizer.vocab_size', 'model.dim'),
-  'sources': ({'train': 'c', 'validation': 'b'}, 'data.train', 'objective.rate'),
-  'rows': ('s', 'objective.pairs_per_row', 'model.dim'),
-  'sets': ({'validation': 'w'}, 'length', 'optimizer.name'),
+  'parameters': ({'parameters': 1001}, 'model.dim', 'optimizer.lr'),
+  'flops_per_token': ({'flops': 70_000}, 'model.depth', 'batch'),
+  'all_tokens': ({'steps': 90}, 'batch', 'model.dim'),
+  'tokenizer': ({'tokenizer': 'u'}, 'tokenizer.vocab_size', 'model.dim'),
+  'sources': ({'sources': {'train': 'c', 'validation': 'b'}}, 'data.train', 'objective.rate'),
+  'rows': ({'rows': 's'}, 'objective.pairs_per_row', 'model.dim'),
+  'sets': ({'sets': {'validation': 'w'}}, 'length', 'optimizer.name'),
 }
 
 
 @pytest.mark.parametrize('fact', CAUSES)
 def test_what_moves_by_itself_is_refused(fact):
-  value, cause, other = CAUSES[fact]
-  facts = [FACTS, FACTS._replace(**{fact: value})]
+  changed, cause, other = CAUSES[fact]
+  facts = [FACTS, FACTS._replace(**changed)]
   for named in (cause, 'variant'):
     fixed.check(facts, [named])
   with pytest.raises(UserError, match=f'nobody has named: {fact}: '):
@@ -211,9 +217,23 @@ COMPARABLE = {  # second arm, named -> metrics of those below that compare
     {'masked_xent'},
   ),
   'other texts': (
-    {'sets': {'validation': 'w'}, 'sources': {'train': 'a', 'validation': 'c'}},
+    {
+      'sets': {'validation': 'w'},
+      'sources': {'train': 'a', 'validation': 'c'},
+      'windows': 'x',
+    },
     ['data.eval'],
+    set(),
+  ),
+  'another part': (
+    {'sets': {'validation': 'w'}, 'partial': frozenset(['validation'])},
+    ['length'],
     {'masked_xent'},
+  ),
+  'the same part': (
+    {'partial': frozenset(['validation'])},
+    ['optimizer.lr'],
+    {'xent', 'loss', 'bits_per_byte', 'masked_xent'},
   ),
 }
 
@@ -223,9 +243,38 @@ def test_which_numbers_compare(name):
   other, named, expected = COMPARABLE[name]
   kinds = ('xent', 'loss', 'bits_per_byte')
   reported = {*(f'eval/validation/{kind}' for kind in kinds), 'eval/yardstick/masked_xent'}
-  found = fixed.comparable([FACTS, FACTS._replace(**other)], named, reported)
+  first = FACTS._replace(partial=other.get('partial', FACTS.partial))
+  found = fixed.comparable([first, FACTS._replace(**other)], named, reported)
   assert found.keys() == reported
   assert {metric.rpartition('/')[2] for metric, why in found.items() if not why} == expected
+
+
+@pytest.mark.parametrize(
+  ('other', 'named', 'why'),
+  [
+    ({}, ['optimizer.lr'], ''),
+    ({'batch': 4}, ['batch'], ''),
+    ({}, ['objective.rate'], 'the objective is another'),
+    ({}, ['variant'], 'the objective is another'),
+    ({'rows': 's'}, ['length'], 'the arms read other rows'),
+    ({'tokenizer': 'u', 'rows': 's'}, ['tokenizer.vocab_size'], 'tokenizers of their own'),
+  ],
+)
+def test_whether_losses_of_training_compare(other, named, why):
+  found = fixed.training([FACTS, FACTS._replace(**other)], named)
+  assert why in found
+  assert bool(found) == bool(why)
+
+
+def test_rows_that_are_not_evaluated_do_not_count(tiny, tmp_path):
+  batches = {'evaluate.batches': 1, 'evaluate.yardstick': 2, 'length': 64}
+  file = written(tmp_path, tiny('clm', **batches))
+  small, large = map(fixed.of, arms.of(file, ['batch=2,4']))
+  assert small.partial == large.partial == {'valid'}
+  assert small.sets['valid'] != large.sets['valid']
+  assert small.windows == large.windows != ''
+  whole = map(fixed.of, arms.of(written(tmp_path, tiny('clm', length=64)), ['batch=2,4']))
+  assert len({(x.partial, x.sets['valid'], x.windows) for x in whole}) == 1
 
 
 # ---------------------------------------------------------------------------------- equally much
@@ -242,6 +291,21 @@ def test_matched_arms_get_as_much_as_the_reference():
   second = solved[1].config()
   assert (second['optimizer']['warmup_steps'], second['evaluate']['every']) == (27, 234)
   assert second['model']['depth'] == 3
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [
+    ({'checkpoint': 100, 'evaluate': 50}, (134, 67)),
+    ({'checkpoint': 50, 'evaluate': 175}, (67, 234)),
+    ({'checkpoint': 7, 'evaluate': 7}, (9, 9)),
+  ],
+)
+def test_checkpoints_that_are_evaluated_stay_so(given, expected):
+  """keep_best wants it of all of them."""
+  config = arms.Arm(QUICK, {f'{key}.every': value for key, value in given.items()}).config()
+  solved = matching._scaled(arms.Arm(QUICK, {'model.depth': 3}), config, 467)
+  assert (solved['checkpoint.every'], solved['evaluate.every']) == expected
 
 
 def test_what_is_named_is_not_solved_for():
@@ -263,6 +327,7 @@ def test_what_was_measured_holds_when_it_goes_on(monkeypatch, tmp_path):
     made = ablate.Ablation(QUICK, tmp_path, ['model.depth=4,2'], match='time')
     monkeypatch.setattr(made, '_seconds_of_a_step', lambda a: seconds[a.config()['model']['depth']])
     assert made.prove()[2].startswith('steps: 350, ')
+    made.keep()
     return [(arm.config()['steps'], made.remainders[arm.name]) for arm in made.arms]
 
   first = proved({4: 0.4, 2: 0.3})
@@ -293,15 +358,21 @@ def test_slots_share_the_machine(monkeypatch):
 # -------------------------------------------------------------------------------------- for real
 
 
-@pytest.fixture
-def command(tiny, tmp_path):
-  """The command of an ablation of two names for one experiment, but for its last arguments."""
-  c = tiny('clm', steps=60, **{'checkpoint.every': 10, 'evaluate.every': 60, 'log.every': 5})
-  file = tmp_path / 'experiment.py'
+def written(where, c):
+  """A file with this experiment."""
+  file = where / 'experiment.py'
   file.write_text(
     'import json\nfrom ml_collections import ConfigDict\n'
     f'def get_config():\n  return ConfigDict(json.loads({json.dumps(c)!r}))\n'
   )
+  return str(file)
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+  """The command of an ablation of two names for one experiment, but for its last arguments."""
+  c = tiny('clm', steps=60, **{'checkpoint.every': 10, 'evaluate.every': 60, 'log.every': 5})
+  file = written(tmp_path, c)
   where = tmp_path / 'ablation'
   return where, [sys.executable, '-m', 'lmjax.ablate', f'--config={file}', f'--workdir={where}']
 
@@ -326,6 +397,20 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   assert 'SIGTERM' in first.with_name('0.log').read_text()
   assert until(second, 20, signal.SIGKILL) == -signal.SIGKILL
   begun = (first / 'result.json').stat().st_mtime
+
+  # What goes wrong in a run does not hide what the others have come to.
+  config_of = second / 'config.json'
+  kept = config_of.read_text()
+  config_of.write_text(kept.replace('"steps": 60', '"steps": 61'))
+  done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+  assert done.returncode == 2
+  assert 'ended with 2: ' in done.stderr
+  assert '(steps is 61 there and 60 here)' in done.stderr
+  assert '3 of 4 runs are not finished' in (where / 'report.md').read_text()
+  config_of.write_text(kept)
+  seen = subprocess.run([*argv, '--launch=none'], capture_output=True, text=True, check=True)
+  assert 'label=two beside label=one: unknown: no seed has ended in both arms' in seen.stdout
+  assert not (second / 'result.json').exists()
 
   done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
   assert done.returncode == 0, done.stderr
@@ -385,6 +470,9 @@ def ended(monkeypatch, tmp_path):
       run.workdir.mkdir(parents=True, exist_ok=True)
       stdout.write(b'compiled the step\nlmjax: the loss is not finite\n')
       code = next(left)
+      if code == 70:
+        event = {'event': 'stop', 'step': 9, 'batch': 9, 'why': 'the loss is nan'}
+        (run.workdir / 'events.jsonl').write_text(json.dumps(event) + '\n')
       if code == 0:
         (run.workdir / 'result.json').write_text('{}')
       if steps:
@@ -426,18 +514,73 @@ def test_a_run_that_comes_further_is_not_given_up(ended):
 
 
 def test_a_run_that_its_numbers_stop_is_an_outcome(ended):
-  assert ended(70) == ('diverged', 'the loss is not finite')
+  assert ended(70) == ('diverged', 'step 9: the loss is nan')
 
 
-@pytest.mark.parametrize('code', [1, 2, 74])
-def test_a_mistake_ends_the_ablation(ended, code):
-  with pytest.raises(UserError, match=rf'ended with {code}: the loss is not finite'):
+@pytest.mark.parametrize(('code', 'error'), [(1, RuntimeError), (2, UserError), (74, StorageError)])
+def test_a_mistake_ends_the_ablation(ended, code, error):
+  with pytest.raises(error, match=rf'ended with {code}: the loss is not finite'):
     ended(code)
 
 
 def test_a_run_without_progress_ends_the_ablation(ended):
   with pytest.raises(UserError, match=rf'{runs.TRIES} times without a new checkpoint'):
     ended(*[75] * 100)
+
+
+@pytest.fixture
+def collected(tmp_path):
+  """collected(values by arm and seed, …) -> the study of runs that have ended so."""
+
+  def collect(values, restarts=(), **about):
+    seeds = range(len(next(iter(values.values()))))
+    asked = arms.of(QUICK, [f'label={",".join(values)}'])
+    told = {'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1, 'fixed': {}}
+    told |= {'remainders': {arm.name: '' for arm in asked}, **about}
+    planned = runs.planned(asked, seeds, tmp_path)
+    for run in planned:
+      run.workdir.mkdir(parents=True)
+      value = values[run.arm.overrides['label']][run.seed]
+      metrics = {'eval/validation/xent': value, 'eval/validation/loss': value}
+      clock = {'productive': 3600.0, 'input_wait': 0.0}
+      result = {'metrics': metrics, 'goodput': clock}
+      (run.workdir / 'result.json').write_text(json.dumps(result))
+      record = {'code': 'a', 'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts]}
+      (run.workdir / 'record.json').write_text(json.dumps(record))
+    told['fixed'] = {'lines': []}
+    study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned)
+    json.dumps(study, allow_nan=False)
+    return study
+
+  return collect
+
+
+def test_an_arm_whose_last_update_overflows_is_an_outcome(collected):
+  values = {'a': [1.0, 1.1, 1.2], 'b': [1.1, math.nan, 1.3], 'c': [1.3, 1.4, 1.6]}
+  study = collected(values)
+  b, c = study['comparisons']
+  assert (b['outcome'], b['interval'], b['p_value']) == ('diverged', None, None)
+  assert b['verdict'] == 'stopped by its numbers: label=b in 1 of 3 seeds'
+  assert c['outcome'] == 'worse'
+  assert any('label=b seed 1' in said for said in study['caveats'])
+  (reference,) = collected({'d': [math.inf], 'e': [1.0]})['comparisons']
+  assert reference['outcome'] == 'diverged'
+
+
+def test_what_had_changed_when_a_run_went_on_is_said(collected):
+  changed = {'code': ['a', 'b'], 'environment.CUDA_VISIBLE_DEVICES': ['0', '1'], 'seed': [1, 1]}
+  (caveat,) = collected({'a': [1.0], 'b': [2.0]}, restarts=[{}, changed])['caveats']
+  assert caveat == 'code was a, then b where these went on: label=a seed 0, label=b seed 0'
+
+
+def test_runs_that_share_a_machine_share_its_price(collected):
+  study = collected({'a': [1.0], 'b': [2.0]}, price_per_hour=8.0, parallel=4)
+  assert [arm['price'] for arm in study['arms']] == [2.0, 2.0]
+
+
+def test_an_ablation_is_kept_on_a_disk():
+  with pytest.raises(UserError, match='gs://bucket/x is in a bucket'):
+    ablate.Ablation(QUICK, 'gs://bucket/x', ['label=a,b'])
 
 
 def test_an_arm_that_does_not_survive_is_not_judged_by_those_that_did():

@@ -392,6 +392,15 @@ def test_no_child_outlives_a_signal(tmp_path):
   pytest.fail('it is still there')
 
 
+def test_a_run_whose_parent_has_gone_before_it_could_look_does_not_begin(tmp_path):
+  argv = [sys.executable, '-m', 'lmjax.main', '--parent=1', f'--workdir={tmp_path}/run']
+  done = subprocess.run(argv, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (
+    75,
+    'lmjax: process 1, which has started this one, is gone\n',
+  )
+
+
 def test_a_child_that_saves_is_waited_for(tmp_path):
   """Who starts the same again at once must not meet it."""
   saves = 'trap "sleep 1; touch saved; exit" TERM; echo here; while :; do sleep 0.05; done'

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmjax import ablate, evaluate, sharding, train
+from lmjax import ablate, evaluate, guard, sharding, train
 from lmjax.ablate import runs, vmapped
 from lmjax.data import loader
 from lmjax.errors import Restart, UserError
@@ -139,8 +139,7 @@ def test_seeds_that_their_numbers_stop_leave_the_others_alone(
     vmapped.run(pair, [0, 1], tmp_path)
   if ill == {1}:
     assert_same(tmp_path / '0', alone / '0')
-  why = json.loads((tmp_path / '1' / 'stopped.json').read_text())['why']
-  assert why.startswith('step 3: the loss is nan')
+  assert guard.stopped(tmp_path / '1').startswith('step 3: the loss is nan')
   assert not (tmp_path / '1' / 'result.json').exists()
   vmapped.run(pair, [0, 1], tmp_path)  # it has come to its end
   assert not (tmp_path / '1' / 'result.json').exists()

@@ -5,13 +5,14 @@ value of each parameter that arms share, so that differences are taken seed by s
 """
 
 import json
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from lmjax import config, jsonio
+from lmjax import workdir as workdir_lib
 from lmjax.ablate import arms as arms_lib
 from lmjax.ablate import fixed, markdown, matching, page, report, runs, vmapped
 from lmjax.ablate.arms import Arm
@@ -39,11 +40,13 @@ class Ablation:
     match: str = '',
     may_move: Sequence[str] = (),
     vmap_seeds: bool = False,
+    parallel: int = 1,
   ):
     """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
 
     `match` and `may_move` are by default what the file says of itself as MATCH and MAY_MOVE.
-    `vmap_seeds` has all seeds of an arm trained by one compiled program.
+    `vmap_seeds` has all seeds of an arm trained by one compiled program.  So many runs share the
+    machine as `parallel` says.
 
     Raises:
       UserError: the arms do not load, or something moves that was not named; or the directory
@@ -57,8 +60,8 @@ class Ablation:
       raise UserError(f'--match={match} is nothing{did_you_mean(match, matching.KINDS)}')
     if vmap_seeds and match == 'time':
       raise UserError('--match=time is of runs that have a device alone: without --vmap_seeds')
-    self.spec, self.match, self.vmap_seeds = spec, match, vmap_seeds
-    self.directory = pathlib.Path(workdir).expanduser().absolute()
+    self.spec, self.match, self.vmap_seeds, self.parallel = spec, match, vmap_seeds, parallel
+    self.directory = workdir_lib.on_disk(workdir)
     asked = arms_lib.of(spec, vary)
     self.named = arms_lib.named(asked)
     configs = {arm.name: arm.config() for arm in asked}
@@ -93,9 +96,11 @@ class Ablation:
     self.facts: list[Facts] = [
       facts[arm.name]._replace(steps=arm.config()['steps']) for arm in self.arms
     ]
-    fixed.check(self.facts, self.named)
+    solved = {key for arm in self.arms for key in arm.solved}
+    fixed.check(self.facts, [*self.named, *solved])
     self.lines = fixed.lines(self.facts)
-    self._keep(kept)
+    self._said = self._told()
+    self._check_kept(kept)
     self.runs = runs.planned(self.arms, self.seeds, self.directory)
     return self.lines
 
@@ -109,10 +114,9 @@ class Ablation:
     path = self.directory / 'ablation.json'
     return jsonio.read(path) if path.exists() else None
 
-  def _keep(self, before: Mapping[str, Any] | None) -> None:
-    """The same directory takes up the same ablation; seeds may be added."""
+  def _told(self) -> dict[str, Any]:
+    """By what another ablation is known; the path of the file may be written otherwise."""
     now = {
-      'spec': self.spec,
       'match': self.match,
       'arms': {
         arm.name: {
@@ -123,15 +127,20 @@ class Ablation:
         for arm in self.arms
       },
     }
-    now = json.loads(json.dumps(now))
+    return json.loads(json.dumps(now))
+
+  def _check_kept(self, before: dict[str, Any] | None) -> None:
+    """The same directory takes up the same ablation; seeds may be added."""
     self._looks = before.pop('looks', []) if before else []
-    if before and before != now:
-      others = sorted(before['arms'].keys() ^ now['arms'].keys())
+    if before and before != self._said:
+      others = sorted(before['arms'].keys() ^ self._said['arms'].keys())
       what = f'arms {", ".join(others)}' if others else 'the configs or the matching of its arms'
       raise UserError(
         f'{self.directory} holds another ablation (it differs in {what}): choose another --workdir'
       )
-    self._said = now
+
+  def keep(self) -> None:
+    """From here on the directory is this ablation's."""
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._write()
@@ -158,14 +167,15 @@ class Ablation:
     probe = Arm(arm.spec, arm.overrides, steps)
     where = self.directory / 'probes' / arm.name
     print(f'measuring a step of {arm.name}', flush=True)
+    shutil.rmtree(where, ignore_errors=True)  # of an attempt that came no further
     run = Run(probe, self.seeds[0], where, first=False)
-    for _ in runs.work(runs.jobs([run], False), runs.slots(1)):
+    for _ in runs.work([run], runs.slots(self.parallel)[:1]):
       pass
     return runs.seconds_of_a_step(run)
 
-  def work(self, parallel: int = 1) -> Iterator[Run]:
+  def work(self) -> Iterator[Run]:
     """Runs what is not finished; yields each run that comes to its end."""
-    yield from runs.work(self.jobs(), runs.slots(parallel))
+    yield from runs.work(self.jobs(), runs.slots(self.parallel))
 
   def jobs(self) -> list[Job]:
     """What processes have to do until all runs have come to their end."""
@@ -189,6 +199,7 @@ class Ablation:
       'alpha': alpha,
       'power': power,
       'price_per_hour': price_per_hour,
+      'parallel': self.parallel,
       'remainders': self.remainders,
       'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
     }

@@ -5,6 +5,9 @@ python -m lmjax.ablate --config FILE.py[:ARG] --vary KEY=V1,V2 … --seeds N --w
     Without --vary the arms are those of the file's sweep().  The same command again goes on
     where it was stopped; with more seeds it adds them.
 
+    --launch print prints the commands that are left, for other machines, and --launch none
+    reports what has ended by now.
+
 KEY is one of the config, `variant` (the argument of the file), or `label` (a name that changes
 nothing, as of two arms that should not differ).
 """
@@ -20,7 +23,7 @@ from lmjax import ablate, command, hardware
 from lmjax.ablate import budget
 from lmjax.errors import UserError
 
-LAUNCH = ('here', 'print')
+LAUNCH = ('here', 'print', 'none')
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
     hardware.prepare([f.plan])
   else:
     jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
-  made = ablate.Ablation(f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move, f.vmap_seeds)
+  what = f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move
+  made = ablate.Ablation(*what, f.vmap_seeds, f.parallel)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
   made.check_metric(f.metric)
@@ -45,14 +49,27 @@ def main() -> None:
     entries = budget.plans(made.arms, f.plan)
     print('\n'.join(budget.lines(made.arms, entries, f.seeds, f.price_per_hour)))
     return
+  made.keep()
   left = made.jobs()
   if f.launch == 'print' and left:
     print('\n'.join(job.command for job in left))
     return
-  count = len(made.runs)
-  done = count - sum(len(job.runs) for job in left)
-  for number, run in enumerate(made.work(f.parallel), start=done + 1):
-    print(f'{number} of {count}: {run.arm.name} seed {run.seed} {said(run)}', flush=True)
+  try:
+    if f.launch == 'here':
+      work(made, len(made.runs) - sum(len(job.runs) for job in left))
+  finally:  # where a run has ended with a mistake, the others have something to say all the same
+    report(made)
+
+
+def work(made: ablate.Ablation, done: int) -> None:
+  for number, run in enumerate(made.work(), start=done + 1):
+    status, why = run.outcome()
+    said = f'{run.arm.name} seed {run.seed} {status}' + (f': {why}' if why else '')
+    print(f'{number} of {len(made.runs)}: {said}', flush=True)
+
+
+def report(made: ablate.Ablation) -> None:
+  f = flags.FLAGS
   study = made.study(
     shlex.join(['python', '-m', 'lmjax.ablate', *sys.argv[1:]]),
     f.metric,
@@ -64,11 +81,6 @@ def main() -> None:
   for one in study['comparisons']:
     print(f'{one["arms"][1]} beside {one["arms"][0]}: {one["verdict"]}')
   print(f'{study["metric"]}; the whole is in {made.directory}/report.html')
-
-
-def said(run: ablate.Run) -> str:
-  status, why = run.outcome()
-  return status + (f': {why}' if why else '')
 
 
 if __name__ == '__main__':
@@ -88,5 +100,5 @@ if __name__ == '__main__':
   flags.DEFINE_float('power', 0.8, 'How often one as large as the margin is to be found.')
   flags.DEFINE_float('price_per_hour', None, 'Of this machine, in any currency.', lower_bound=0)
   flags.DEFINE_integer('parallel', 1, 'How many runs share this machine.')
-  flags.DEFINE_enum('launch', 'here', LAUNCH, 'Run here, or print what is left to run.')
+  flags.DEFINE_enum('launch', 'here', LAUNCH, 'Run here, print what is left, or only report.')
   command.run(main)

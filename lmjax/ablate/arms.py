@@ -65,14 +65,18 @@ def of(spec: str, vary: Sequence[str]) -> list[Arm]:
 
 
 def _values(said: str) -> tuple[str, list[str]]:
-  """'a.b=1,2' -> ('a.b', ['1', '2']); commas inside brackets or quotes divide nothing."""
+  """'a.b=1,2' -> ('a.b', ['1', '2']); commas inside brackets or quotes divide nothing.
+
+  A quote stands at the beginning of a value, or in brackets: elsewhere it is an apostrophe.
+  """
   key, found, rest = said.partition('=')
   key = key.strip().removeprefix('config.')
   if not (key and found and rest):
     raise UserError(f'--vary={said} is not KEY=V1,V2')
   values, depth, quote = [''], 0, ''
   for c in rest:
-    quote = '' if c == quote else c if c in '\'"' and not quote else quote
+    opens = c in '\'"' and not quote and (depth or not values[-1].strip())
+    quote = c if opens else '' if c == quote else quote
     depth += not quote and (c in '([{') - (c in ')]}')
     if c == ',' and not depth and not quote:
       values.append('')

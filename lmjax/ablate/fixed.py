@@ -1,6 +1,7 @@
 """What is the same in all arms, found out before anything is trained: the hold-fixed proof."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ ROWS = 256  # of an evaluation set, that are looked at
 BY_DATA = ('data', 'tokenizer')
 BY_ROWS = (*BY_DATA, 'length', 'objective')
 BY_SIZE = (*BY_ROWS, 'model')
+OTHER = 'the objective is another, and so is what it adds up'
 
 
 class Facts(NamedTuple):
@@ -32,7 +34,17 @@ class Facts(NamedTuple):
   sources: dict[str, str]  # name of a set -> fingerprint of its text
   rows: str  # what of the text is in which row, and so in which step
   sets: dict[str, str]  # name of an evaluation set -> fingerprint of its rows as a model sees them
+  partial: frozenset[str]  # sets of which evaluate.batches leave some rows out
+  windows: str  # fingerprint of those of the yardstick; '' without it
   metrics: frozenset[str]  # what its evaluation reports
+
+  @property
+  def flops_per_token(self) -> int:
+    return round(self.flops / self.tokens)
+
+  @property
+  def all_tokens(self) -> int:
+    return self.steps * self.tokens
 
 
 def of(arm: Arm) -> Facts:
@@ -44,8 +56,8 @@ def of(arm: Arm) -> Facts:
   c = arm.config()
   parts = experiment.prepare(c)
   tokenizer = parts.digests['tokenizer']
-  train = parts.examples('train')
-  spans = hashlib.blake2b(np.ascontiguousarray(train.spans, np.int64), digest_size=8)
+  train, sets = parts.examples('train'), c['data']['eval']
+  most = c['evaluate']['batches'] * c['batch'] or sys.maxsize
   stored = parts.stores['train'].digest
   return Facts(
     parameters=sum(x.size for x in jax.tree.leaves(parts.boxed_shapes())),
@@ -55,8 +67,10 @@ def of(arm: Arm) -> Facts:
     batch=c['batch'],
     tokenizer=tokenizer,
     sources={name: source.fingerprint for name, source in parts.sources.items()},
-    rows=f'{stored}-{spans.hexdigest()}-{len(train)}',
-    sets={name: _rows(parts.examples(name)) for name in c['data']['eval']},
+    rows=f'{stored}-{_digest(train.spans)}-{len(train)}',
+    sets={name: _rows(parts.examples(name), most) for name in sets},
+    partial=frozenset(name for name in sets if len(parts.examples(name)) > most),
+    windows=_digest(yardstick.rows(parts).windows) if c['evaluate'][yardstick.NAME] else '',
     metrics=frozenset(_reported(parts)),
   )
 
@@ -69,22 +83,29 @@ def _reported(parts: experiment.Experiment) -> list[str]:
   return [*found, *(f'eval/{yardstick.NAME}/{key}' for key in numbers)]
 
 
-def _rows(examples: Any) -> str:
-  """A fingerprint of some rows, evenly spread, and of how many there are."""
-  count = min(len(examples), ROWS)
-  indices = (np.arange(count) * len(examples)) // count
+def _rows(examples: Any, most: int) -> str:
+  """A fingerprint of some of the first rows, evenly spread, and of how many are evaluated."""
+  among = min(len(examples), most)
+  count = min(among, ROWS)
+  indices = (np.arange(count) * among) // count
   made = examples(indices, np.zeros_like(indices))
-  return f'{loader.fingerprint(made):016x}-{len(examples)}'
+  return f'{loader.fingerprint(made):016x}-{among}'
+
+
+def _digest(numbers: np.ndarray) -> str:
+  return hashlib.blake2b(np.ascontiguousarray(numbers, np.int64), digest_size=8).hexdigest()
 
 
 def check(facts: Sequence[Facts], named: Sequence[str]) -> None:
-  """Raises a UserError, with the list, where more moved than what was named can have moved."""
+  """Raises a UserError, with the list, where more moved than these keys can have moved."""
   causes = {
     'parameters': BY_SIZE,
+    'flops_per_token': BY_SIZE,
+    'all_tokens': ('steps', 'batch', 'length'),
     'tokenizer': BY_DATA,
     'sources': BY_DATA,
     'rows': BY_ROWS,
-    'sets': BY_ROWS,
+    'sets': (*BY_ROWS, 'batch', 'evaluate'),
   }
   sections, wrong = {key.split('.')[0] for key in named}, []
   for key, may in causes.items():
@@ -105,9 +126,9 @@ def lines(facts: Sequence[Facts]) -> list[str]:
     said.append(f'{what}: {"the same, " if same else ""}{listed}')
 
   tell('parameters', [one.parameters for one in facts])
-  tell('FLOPs a token', [round(one.flops / one.tokens) for one in facts], '{:.4g}')
+  tell('FLOPs a token', [one.flops_per_token for one in facts], '{:.4g}')
   tell('steps', [one.steps for one in facts])
-  tell('tokens in all', [one.steps * one.tokens for one in facts])
+  tell('tokens in all', [one.all_tokens for one in facts])
   tell('FLOPs in all', [one.steps * one.flops for one in facts], '{:.4g}')
   tell('tokenizer', [one.tokenizer for one in facts], '{}')
   said.append(f'order of the text: {_order(facts)}')
@@ -127,23 +148,40 @@ def _order(facts: Sequence[Facts]) -> str:
 
 def comparable(facts: Sequence[Facts], named: Sequence[str], reported: set[str]) -> dict[str, str]:
   """Metric -> '' where its numbers compare between the arms, or else why they do not."""
-  objective = any(key == 'variant' or key.split('.')[0] == 'objective' for key in named)
-  found = {}
+  objective, found = _other_objective(named), {}
+  differ = lambda values: len(set(values)) > 1
   for metric in sorted(reported):
     name, _, kind = metric.removeprefix('eval/').rpartition('/')
     why = ''
     if name == 'yardstick':
-      if any(one.tokenizer != facts[0].tokenizer for one in facts):
+      if differ(one.tokenizer for one in facts):
         why = 'the arms have tokenizers of their own'
-    elif kind == 'bits_per_byte':
-      if any(one.sources.get(name) != facts[0].sources.get(name) for one in facts):
+      elif differ(one.windows for one in facts):
         why = 'it is of other texts'
-    elif any(one.sets.get(name) != facts[0].sets.get(name) for one in facts):
+    elif kind == 'bits_per_byte':
+      if differ(one.sources.get(name) for one in facts):
+        why = 'it is of other texts'
+      elif differ((name in one.partial and one.sets[name]) for one in facts):
+        why = 'evaluate.batches end at other places of the text'
+    elif differ(one.sets.get(name) for one in facts):
       why = 'the arms are asked for other things, or of other rows'
     elif objective and kind not in SHARED:
-      why = 'the objective is another, and so is what it adds up'
+      why = OTHER
     found[metric] = why
   return found
+
+
+def training(facts: Sequence[Facts], named: Sequence[str]) -> str:
+  """'' where the losses of training compare between the arms, or else why they do not."""
+  if any(one.tokenizer != facts[0].tokenizer for one in facts):
+    return 'the arms have tokenizers of their own'
+  if any(one.rows != facts[0].rows for one in facts):
+    return 'the arms read other rows'
+  return OTHER if _other_objective(named) else ''
+
+
+def _other_objective(named: Sequence[str]) -> bool:
+  return any(key == 'variant' or key.split('.')[0] == 'objective' for key in named)
 
 
 SHARED = ('xent', 'perplexity', 'accuracy', 'mlm_accuracy')  # of equal rows, whatever is minimised

@@ -55,4 +55,8 @@ def _scaled(arm: Arm, config: Mapping[str, Any], steps: int) -> dict[str, int]:
     before = config[section][name]
     if key not in arm.overrides and before:
       solved[key] = max(1, round(before * steps / config['steps']))
+  evaluate = config['evaluate']['every']
+  times, rest = divmod(config['checkpoint']['every'], evaluate)
+  if 'checkpoint.every' in solved and not rest:  # every checkpoint is evaluated, as it was
+    solved['checkpoint.every'] = times * solved.get('evaluate.every', evaluate)
   return solved

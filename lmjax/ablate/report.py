@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import statistics as numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmjax import record
+from lmjax import record, yardstick
 from lmjax.ablate import fixed, statistics
 from lmjax.ablate.arms import Arm
 from lmjax.ablate.fixed import Facts
@@ -37,7 +38,8 @@ def collect(
   metric: str = '',
   margin: float | None = None,
 ) -> dict[str, Any]:
-  """The study, of as many runs as are finished.  `about`: its title, command, match and so on.
+  """The study, of as many runs as are finished.  `about`: its title, command, match and so on;
+  the price is that of a machine which `parallel` runs share.
 
   `metric` is by default the first that all arms share; `margin`, by default half a percent of the
   reference's mean, is the size below which no difference matters.
@@ -51,10 +53,10 @@ def collect(
   shared = fixed.comparable(facts, named, set().union(*reported))
   for name in shared:
     if not all(name in one for one in reported):
-      shared[name] = shared[name] or 'not every arm has it'
+      shared[name] = shared[name] or 'not every run has it'
   metric = _metric(metric, shared, facts)
   for one in told.values():
-    one['value'] = one['metrics'].get(metric)
+    _judge(one, metric)
   kind = metric.rpartition('/')[2]
   values = {
     arm.name: {r.seed: x['value'] for r, x in told.items() if r.arm == arm and _has(x)}
@@ -76,7 +78,7 @@ def collect(
       _arm(arm, one, [x for r, x in told.items() if r.arm == arm], about)
       for arm, one in zip(arms, facts, strict=True)
     ],
-    'comparable': shared,
+    'comparable': {**shared, 'train/loss': fixed.training(facts, named)},
     'comparisons': [_said(dataclasses.asdict(comparison), told) for comparison in found],
     'fixed': {**about['fixed'], 'lines': about['fixed']['lines'] + _seen(arms, runs)},
     'noise': statistics.noise(values, alpha, power),
@@ -99,7 +101,19 @@ def _said(comparison: dict[str, Any], told: Mapping[Run, Mapping[str, Any]]) -> 
   counts = {name: sum(r.arm.name == name for r in stopped) for name in names}
   count = len({r.seed for r in told})
   said = ' and '.join(f'{name} in {n} of {count} seeds' for name, n in counts.items() if n)
-  return comparison | {'outcome': 'diverged', 'verdict': f'stopped by its numbers: {said}'}
+  unknown = dict.fromkeys(('difference', 'interval', 'p_value', 'p_holm', 'seeds_needed'))
+  unknown['pairing_gain'] = None
+  made = {'outcome': 'diverged', 'verdict': f'stopped by its numbers: {said}'}
+  return comparison | unknown | made
+
+
+def _judge(run: dict[str, Any], metric: str) -> None:
+  """Its value; an update may have overflown in the last step, which only an evaluation tells."""
+  value = run['metrics'].get(metric)
+  if value is not None and not math.isfinite(value):
+    run |= {'status': 'diverged', 'why': f'{metric} is {value} at its end'}
+  run['metrics'] = {key: x if math.isfinite(x) else None for key, x in run['metrics'].items()}
+  run['value'] = run['metrics'].get(metric)
 
 
 def _has(run: Mapping[str, Any]) -> bool:
@@ -107,13 +121,15 @@ def _has(run: Mapping[str, Any]) -> bool:
 
 
 def _metric(asked: str, shared: Mapping[str, str], facts: Sequence[Facts]) -> str:
+  if asked and not shared:  # nothing is finished
+    return asked
   if asked:
     if asked not in shared:
-      raise UserError(f'no run reports "{asked}" (there are {", ".join(shared) or "none yet"})')
+      raise UserError(f'no run reports "{asked}" (there are {", ".join(shared)})')
     if shared[asked]:
       raise UserError(f'"{asked}" does not compare: {shared[asked]}')
     return asked
-  sets = [*facts[0].sets, 'yardstick']
+  sets = [*facts[0].sets, yardstick.NAME]
   kinds = ('xent', 'bits_per_byte', 'loss', 'masked_xent')
   wanted = [f'eval/{name}/{kind}' for name in sets for kind in kinds]
   if not shared:  # nothing is finished
@@ -129,12 +145,13 @@ def _run(run: Run) -> dict[str, Any]:
   status, why = run.outcome()
   made = {'seed': run.seed, 'workdir': str(run.workdir), 'status': status, 'why': why}
   made |= {'command': run.command, 'metrics': {}, 'value': None, 'seconds': None}
-  made |= {'tokens_per_second': None, 'record': {}}
+  made |= {'tokens_per_second': None, 'record': {}, 'restarts': []}
   if (run.workdir / 'record.json').exists():
     written = record.read(run.workdir, 'record.json')
     made['record'] = {key: written.get(key) for key in SAME}
     variables = (written.get('environment') or {}).items()
     made['record']['environment'] = {key: x for key, x in variables if key not in PLACES}
+    made['restarts'] = [one['changed'] for one in written.get('restarts', [])]
   if status == 'finished':
     result = results(run)
     made['metrics'] = {key: x for key, x in result['metrics'].items() if key.startswith('eval/')}
@@ -169,7 +186,7 @@ def _arm(
     'deviation': numbers.stdev(values) if len(values) > 1 else None,
     'tokens_per_second': mean('tokens_per_second'),
     'seconds': seconds,
-    'price': None if price is None or seconds is None else price * seconds / 3600,
+    'price': None if None in (price, seconds) else price / about['parallel'] * seconds / 3600,
     'runs': list(runs),
   }
 
@@ -205,10 +222,24 @@ def _caveats(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
   stopped = [f'{r.arm.name} seed {r.seed}' for r, x in told.items() if x['status'] == 'diverged']
   if stopped:
     said.append(f'stopped by their numbers, and in no mean: {", ".join(stopped)}')
+  said += _restarts(told)
   unfinished = sum(one['status'] == 'unfinished' for one in told.values())
   if unfinished:
     said.append(f'{unfinished} of {len(told)} runs are not finished')
   return said
+
+
+def _restarts(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+  """What had changed where runs were taken up again."""
+  found: dict[str, list[str]] = {}
+  for r, one in told.items():
+    for changed in one['restarts']:
+      for key, (before, now) in changed.items():
+        if key.split('.')[0] in SAME and key.split('.')[-1] not in PLACES:
+          found.setdefault(f'{key} was {before}, then {now}', []).append(
+            f'{r.arm.name} seed {r.seed}'
+          )
+  return [f'{what} where these went on: {", ".join(where)}' for what, where in found.items()]
 
 
 def _seen(arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:

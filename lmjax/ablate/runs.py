@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lmjax import command, jsonio, record
+from lmjax import command, errors, guard, jsonio, record
 from lmjax import workdir as workdir_lib
 from lmjax.ablate.arms import Arm
-from lmjax.ablate.vmapped import STOPPED
 from lmjax.errors import NonFinite, Restart, UserError
 
 TRIES = 5  # starts without a new checkpoint, before a run is given up
 POLL = 0.2  # seconds
+CONFINES = hasattr(os, 'sched_setaffinity')  # macOS runs a process where it likes
 LEAVES = 60  # seconds that a run may take to save when its ablation is gone
 
 
@@ -57,9 +57,8 @@ class Run:
     """('finished' | 'diverged' | 'unfinished', why)."""
     if (self.workdir / 'result.json').exists():
       return 'finished', ''
-    stopped = self.workdir / STOPPED
-    if stopped.exists():
-      return 'diverged', str(jsonio.read(stopped)['why'])
+    if why := guard.stopped(epath.Path(self.workdir)):
+      return 'diverged', why
     return 'unfinished', 'it has not come to its end yet'
 
 
@@ -119,7 +118,7 @@ def slots(parallel: int) -> list[Slot]:
   Raises:
     UserError: they do not divide.
   """
-  cores = sorted(os.sched_getaffinity(0))
+  cores = sorted(os.sched_getaffinity(0)) if CONFINES else range(os.cpu_count() or 1)
   if parallel == 1:
     return [Slot({}, frozenset(cores))]
   platform, count = _devices()
@@ -164,7 +163,8 @@ def work(todo: Sequence[Job], places: Sequence[Slot]) -> Iterator[Run]:
   """Does the jobs side by side in `places`; yields each run that has come to its end.
 
   Raises:
-    UserError: a job that ends with a mistake, or again and again without any progress.
+    UserError: a job ends again and again without any progress, or with a mistake of the user's.
+    StorageError, RuntimeError: it ends with such a one.
   """
   for run in (run for job in todo for run in job.runs):
     _await(run.workdir)
@@ -204,14 +204,15 @@ class _Try:
 
   def _start(self) -> None:
     self.job.log.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, '-m', *self.job.argv, '--end_with_parent']
+    argv = [sys.executable, '-m', *self.job.argv, f'--parent={os.getpid()}']
     streams = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     environment = os.environ | dict(self.place.environment)
     self._held = contextlib.ExitStack()
     with self.job.log.open('ab') as log:
       began = command.child(argv, saves=True, stdout=log, env=environment, **streams)
       self._process = self._held.enter_context(began)
-    os.sched_setaffinity(self._process.pid, self.place.cores)
+    if CONFINES:
+      os.sched_setaffinity(self._process.pid, self.place.cores)
 
   def ended(self) -> bool:
     """Whether it has come to its end; where it was killed or wants it, it is started again."""
@@ -219,13 +220,10 @@ class _Try:
     if code is None:
       return False
     self._held.close()
-    if code == 0:
-      return True
-    if code == NonFinite.exit_code:  # of a run alone: seeds that are trained together say it
-      _say_why(self.job)
+    if code in (0, NonFinite.exit_code):
       return True
     if code > 0 and code != Restart.exit_code:
-      raise UserError(f'{self.job.command} ended with {code}: {_last(self.job.log)}')
+      raise errors.of_code(code)(f'{self.job.command} ended with {code}: {_last(self.job.log)}')
     self._tries += 1
     came = max((x for run in self.job.runs for x in _steps(run.workdir)), default=-1)
     if came > self._came:
@@ -247,10 +245,6 @@ def _steps(workdir: pathlib.Path) -> list[int]:
   there = workdir / 'checkpoints'
   names = [path.name for path in there.iterdir()] if there.exists() else []
   return [int(name) for name in names if name.isdecimal()]
-
-
-def _say_why(run: Run) -> None:
-  jsonio.write(epath.Path(run.workdir) / STOPPED, {'why': _last(run.log)})
 
 
 def _last(log: pathlib.Path) -> str:

@@ -26,7 +26,6 @@ from lmjax import (
   fingerprint,
   goodput,
   guard,
-  jsonio,
   metrics,
   offload,
   sharding,
@@ -43,14 +42,12 @@ from lmjax.state import TrainState, averaged, fresh, init_state
 from lmjax.step import make_step
 from lmjax.terminal import say
 
-STOPPED = 'stopped.json'  # why a run has no end
-
 
 def run(config: Mapping[str, Any], seeds: Sequence[int], workdir: str | pathlib.Path) -> None:
   """Trains the seeds that are not finished, in `workdir`/<seed>.
 
-  A seed that its numbers stop is left out of what follows, and its directory gets a stopped.json
-  that says why.  The oracles of lmjax.check are tried with the first seed.
+  A seed that its numbers stop is left out of what follows.  The oracles of lmjax.check are tried
+  with the first seed.
 
   Raises:
     UserError: as lmjax.train.run, or they cannot be trained together.
@@ -64,7 +61,7 @@ def run(config: Mapping[str, Any], seeds: Sequence[int], workdir: str | pathlib.
     for seed in seeds:
       own = {**c, 'seed': seed, 'check': c['check'] and seed == seeds[0]}
       path = experiment.run_path(pathlib.Path(workdir) / str(seed))
-      if not workdir_lib.check(path, own) and not (path / STOPPED).exists():
+      if not workdir_lib.check(path, own) and not guard.stopped(path):
         held.enter_context(workdir_lib.owned(path))
         todo.append((own, path))
     found = [held.enter_context(_Seed(*one, len(todo))) for one in todo]
@@ -209,7 +206,6 @@ class _Group:
       yield
     except NonFinite as e:
       say(str(e))
-      jsonio.write(self.seeds[i].path / STOPPED, {'why': str(e)})
       self.stopped.add(i)
 
 
@@ -220,7 +216,6 @@ def _of(stacked: Any, i: int) -> Any:
 
 def _train(group: _Group, stop: stopping.Stop) -> None:
   c, start, steps = group.config, group.start, group.config['steps']
-  saving = group.seeds[0].saving
   stop.begin()
   with contextlib.ExitStack() as stack:
     batches = stack.enter_context(
@@ -248,7 +243,8 @@ def _train(group: _Group, stop: stopping.Stop) -> None:
       running = numbers
       group.push(step, digests, numbers)
 
-      asked, due = stop.tick(), step == steps or saving.due(step)
+      asked = stop.tick()
+      due = step == steps or any(seed.saving.due(step) for _, seed in group.going())
       evaluate = step == steps or step % c['evaluate']['every'] == 0
       if evaluate or due or asked or step % c['log']['every'] == 0:
         held = group.tell(hold=asked and not (evaluate or due))
@@ -266,7 +262,6 @@ def _train(group: _Group, stop: stopping.Stop) -> None:
           group.save(step, {'evaluated': evaluated}, held, found, last=asked or step == steps)
         if asked:
           raise train.stopped(stop, step, steps)
-      if step % c['log']['every'] == 0:
         for seed in group.seeds:
           seed.clock.write()
           seed.log.restart_clock()
@@ -277,8 +272,8 @@ def _train(group: _Group, stop: stopping.Stop) -> None:
 
 def main() -> None:
   f = flags.FLAGS
-  if f.end_with_parent:
-    command.end_with_parent()
+  if f.parent:
+    command.end_with(f.parent)
   if not (f.config and f.seeds and f.workdir):
     raise UserError('name --config FILE.py[:ARGUMENT], --seeds N1,N2 and --workdir DIR')
   if not all(seed.isdecimal() for seed in f.seeds):
@@ -291,5 +286,5 @@ if __name__ == '__main__':
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_list('seeds', [], 'Those that are trained together.')
   flags.DEFINE_string('workdir', '', 'Where each of them has a directory.')
-  flags.DEFINE_bool('end_with_parent', False, 'Stop, saved, when what has started it is gone.')
+  flags.DEFINE_integer('parent', None, 'Stop, saved, when this process, which began it, is gone.')
   command.run(main)
