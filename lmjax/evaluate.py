@@ -1,5 +1,6 @@
 """Evaluates a checkpoint of a run on its named sets; prints JSON and writes eval_<step>.json."""
 
+import dataclasses
 import json
 import math
 import os
@@ -161,9 +162,17 @@ def restore_params(
   return restored[0], restored[1]
 
 
-def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]:
-  """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json."""
+def run(
+  workdir: str | os.PathLike, step: int | None = None, windows: int | None = None
+) -> dict[str, float]:
+  """Evaluates a checkpoint, the newest by default, and writes <workdir>/eval_<step>.json.
+
+  On so many `windows` of the yardstick; by default as the run's config says.
+  """
   parts = open_run(workdir, evaluation=True)
+  if windows is not None:
+    chosen = {**parts.config['evaluate'], yardstick.NAME: windows}
+    parts = dataclasses.replace(parts, config={**parts.config, 'evaluate': chosen})
   keep_programs(parts.config, run_path(workdir))
   record.check_data(run_path(workdir), parts.digests)
   mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
@@ -179,7 +188,8 @@ def run(workdir: str | os.PathLike, step: int | None = None) -> dict[str, float]
 def main() -> None:
   if not flags.FLAGS.workdir:
     raise UserError('name the run with --workdir DIR')
-  asked = {'workdir': flags.FLAGS.workdir, 'step': flags.FLAGS.step}
+  f = flags.FLAGS
+  asked = {'workdir': f.workdir, 'step': f.step, 'windows': f.yardstick}
   with command.joined(lambda: record.flatten({**record.software(), **asked})):
     print(json.dumps(run(**asked), indent=2))
 
@@ -187,5 +197,7 @@ def main() -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'The directory of the run.')
   flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.')
+  windows = 'So many windows, on which models of any objective compare: lmjax/yardstick.py.'
+  flags.DEFINE_integer('yardstick', None, windows, lower_bound=0)
   command.define_process_flags()
   command.run(main)

@@ -196,6 +196,8 @@ def test_evaluate_says_what_the_run_said(finished):
   assert values == pytest.approx(result['metrics'], rel=1e-6)
   assert json.loads((workdir / 'eval_6.json').read_text())['step'] == 6
   assert evaluate.run(str(workdir), step=3)['eval/valid/loss'] != values['eval/valid/loss']
+  with pytest.raises(UserError, match='needs length = 64'):
+    evaluate.run(str(workdir), windows=2)
   with pytest.raises(UserError, match='4'):
     evaluate.run(str(workdir), step=4)
 
