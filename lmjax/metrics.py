@@ -78,13 +78,15 @@ class Log:
     accepts: Callable[[int, Mapping[str, Any]], bool],
     held: Sequence[Any] = (),
     evaluated: bool = True,
+    whose: str = '',
   ):
     """`cost` of a step: tokens, flops, and the peak in FLOP/s of all devices together.
 
     `accepts` looks at what the guard has found in a step, and may raise. `held` is what `hold`
     returned, and `evaluated` says whether the evaluation that was due after step `start` came
-    before its checkpoint.
+    before its checkpoint.  `whose` stands before lines that are beside those of other runs.
     """
+    self._whose = whose
     self._steps, self._every, self._cost, self._accepts = steps, options['every'], cost, accepts
     self._files: dict[str, jsonio.Lines] = {}
     self._writes = processes.index() == 0
@@ -204,7 +206,7 @@ class Log:
     if self._board:
       for key, value in values.items():
         self._board.add_scalar(key, value, step)
-    self._bar.write(line(step, values, self._steps), file=sys.stdout)
+    self._bar.write(self._whose + line(step, values, self._steps), file=sys.stdout)
     sys.stdout.flush()
 
 

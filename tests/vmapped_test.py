@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shlex
+import time
 
 import jax
 import numpy as np
@@ -145,8 +146,19 @@ def test_seeds_that_their_numbers_stop_leave_the_others_alone(
   assert not (tmp_path / '1' / 'result.json').exists()
 
 
-def test_time_is_shared(pair, tmp_path):
-  vmapped.run(pair, [0, 1, 2], tmp_path)
+def test_time_is_shared(pair, tmp_path, monkeypatch, capsys):
+  evaluate = vmapped._Group.evaluate
+  monkeypatch.setattr(vmapped._Group, 'evaluate', lambda *x: time.sleep(1) or evaluate(*x))
+  log = {**pair['log'], 'every': 2}  # step 4 comes after an evaluation, and is no slower for it
+  vmapped.run({**pair, 'log': log}, [0, 1, 2], tmp_path)
+  said = capsys.readouterr().out
+  assert all(f'seed {seed}: step 4/6  loss' in said for seed in (0, 1, 2))
+  (rate,) = (
+    x['perf/tokens_per_second']
+    for x in lines(tmp_path / '0', 'metrics')
+    if x['step'] == 4 and 'train/loss' in x
+  )
+  assert rate > 2 * 3 * pair['batch'] * pair['length']  # a step of all is faster than 0.5 s
   clocks = [json.loads((tmp_path / s / 'result.json').read_text())['goodput'] for s in '012']
   for clock in clocks:
     parts = sum(seconds for kind, seconds in clock.items() if kind != 'wall')

@@ -124,7 +124,8 @@ class _Seed(contextlib.ExitStack):
     workdir_lib.describe(*described, among=self.among)
     cost = train.cost(self.parts, self.mesh)
     cost |= {key: self.among * cost[key] for key in ('tokens', 'flops')}
-    log = metrics.Log(self.path, start, c['steps'], c['log'], cost, self.judge.accepts, **self.meta)
+    told = {**self.meta, 'whose': f'seed {c["seed"]}: '}
+    log = metrics.Log(self.path, start, c['steps'], c['log'], cost, self.judge.accepts, **told)
     self.log = self.enter_context(log)
     return state
 
