@@ -81,9 +81,10 @@ class Optimizer:
   def _given(self) -> dict[str, Any]:
     return {k: getattr(self, k) for k in _OPTIONAL if getattr(self, k) is not None} | self.args
 
-  def schedule_fn(self, steps: int) -> optax.Schedule:
+  def schedule_fn(self, steps: int, peak: jax.Array | None = None) -> optax.Schedule:
     """The learning rate (float32) as a function of the number of updates already made.
 
+    `peak`, which may be traced, stands in place of lr, here and in `transform`.
     With n = count + 1, W = warmup_steps, S = steps, f = final_lr and, for a decay that starts after
     update D, the share that is left r = 1 - clip((n - D) / (S - D), 0, 1), it is
 
@@ -115,11 +116,13 @@ class Optimizer:
         left = 1 - jnp.clip((n - start) / (steps - start), 0, 1)
         left = (1 - jnp.cos(jnp.pi * left)) / 2 if kind == 'cosine' else left
         factor *= self.final_lr + (1 - self.final_lr) * left
-      return self.lr * factor
+      return (self.lr if peak is None else peak) * factor
 
     return schedule
 
-  def transform(self, axes: Any, steps: int) -> optax.GradientTransformation:
+  def transform(
+    self, axes: Any, steps: int, peak: jax.Array | None = None
+  ) -> optax.GradientTransformation:
     """Clipping, the optimizer, weight decay and the moving average, in this order.
 
     `axes` is a pytree like the parameters whose leaves are tuples of logical axis names. A matrix
@@ -131,9 +134,9 @@ class Optimizer:
     """
     optimizer, given = _optimizers()[self.name], self._given()
     unit = dataclasses.replace(self, lr=1.0).schedule_fn(steps)
-    peak = adam_peak = self.lr
     decayed = _map(_is_matrix, axes)
-    ours = {'learning_rate': self.schedule_fn(steps), 'weight_decay': 0.0}
+    ours = {'learning_rate': self.schedule_fn(steps, peak), 'weight_decay': 0.0}
+    peak = adam_peak = self.lr if peak is None else peak
     if self.name in _DECAY_INSIDE:
       ours |= {'weight_decay': self.weight_decay, 'mask': decayed, 'weight_decay_mask': decayed}
     if self.name == 'muon':

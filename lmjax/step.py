@@ -16,14 +16,15 @@ from lmjax.state import TrainState
 
 
 def make_step(
-  parts: Experiment, transform: optax.GradientTransformation
+  parts: Experiment, transform: optax.GradientTransformation, peak: jax.Array | None = None
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """step(state, batch) -> (state, numbers): one update, for every objective.
 
-  The state remains as it is where the guard finds numbers that cannot be right.
+  `peak` is the learning rate that `transform` has in place of the config's.  The state remains as
+  it is where the guard finds numbers that cannot be right.
   """
   gradients, options = _gradients(parts), parts.config['guard']
-  schedule = parts.optimizer.schedule_fn(parts.config['steps'])
+  schedule = parts.optimizer.schedule_fn(parts.config['steps'], peak)
   deviations = options['deviations'] if options['on_spike'] else math.inf
 
   def step(state, batch):

@@ -483,8 +483,8 @@ def ended(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, 'Popen', start)
     monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None)
     monkeypatch.setattr(runs, 'POLL', 0)
-    assert list(runs.work(runs.jobs([run], False), [runs.Slot({}, frozenset())])) == [run]
-    assert runs.jobs([run], False) == []  # it has ended, for good
+    assert list(runs.work(runs.jobs([run]), [runs.Slot({}, frozenset())])) == [run]
+    assert runs.jobs([run]) == []  # it has ended, for good
     return run.outcome()
 
   return end

@@ -85,6 +85,7 @@ FLOORS = [
         'ablate.arms',
         'ablate.matching',
         'ablate.fixed',
+        'ablate.seed',
         'ablate.vmapped',
         'ablate.runs',
         'ablate.report',

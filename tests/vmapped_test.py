@@ -81,6 +81,19 @@ def test_each_is_what_it_is_alone(tiny, tmp_path, name):
   assert {key: found[key] for key in last} == pytest.approx(last, rel=1e-5)
 
 
+def test_each_learning_rate_is_what_it_is_alone(tiny, tmp_path):
+  own = {'optimizer.weight_decay': 0.1, 'optimizer.clip': 1.0, 'steps': 4}
+  rates = {rate: tmp_path / str(rate) for rate in (1e-2, 3e-3)}
+  vmapped.run(tiny('clm', **own), [0, 1], rates)
+  for rate, seed in ((1e-2, 1), (3e-3, 0)):
+    c = tiny('clm', **own, **{'optimizer.lr': rate})
+    train.run({**c, 'seed': seed}, tmp_path / 'alone' / str(rate))
+    assert_same(rates[rate] / str(seed), tmp_path / 'alone' / str(rate))
+    assert (
+      json.loads((rates[rate] / str(seed) / 'config.json').read_text())['optimizer']['lr'] == rate
+    )
+
+
 def test_one_killed_between_the_saves_of_two_seeds_is_taken_up(pair, alone, tmp_path, monkeypatch):
   class Killed(BaseException):
     pass
@@ -182,7 +195,7 @@ def test_mistakes(tiny, tmp_path, monkeypatch, name):
 
 
 def test_an_ablation_trains_arm_by_arm(tmp_path):
-  made = ablate.Ablation(QUICK, tmp_path, ['label=a,b'], seeds=3, vmap_seeds=True)
+  made = ablate.Ablation(QUICK, tmp_path, ['label=a,b'], seeds=3, vmap='seeds')
   made.runs = runs.planned(made._asked, made.seeds, tmp_path)
   made.runs[0].workdir.mkdir(parents=True)
   (made.runs[0].workdir / 'result.json').write_text('{}')
@@ -197,4 +210,21 @@ def test_an_ablation_trains_arm_by_arm(tmp_path):
   assert '--seeds=0,1,2' in second
   assert 'check' not in second
   with pytest.raises(UserError, match='without --vmap_seeds'):
-    ablate.Ablation(QUICK, tmp_path, ['label=a,b'], match='time', vmap_seeds=True)
+    ablate.Ablation(QUICK, tmp_path, ['label=a,b'], match='time', vmap='seeds')
+
+
+def test_an_ablation_trains_learning_rates_together(tmp_path):
+  vary = ['label=a,b', 'optimizer.lr=0.1,0.2']
+  made = ablate.Ablation(QUICK, tmp_path, vary, seeds=2, vmap='lr')
+  made.runs = runs.planned(made._asked, made.seeds, tmp_path)
+  first, second = (job.command for job in made.jobs())
+  assert shlex.split(first)[2:] == [
+    'lmjax.ablate.vmapped',
+    f'--config={QUICK}',
+    '--seeds=0,1',
+    '--lr=0.1',
+    f'--workdir={tmp_path}/runs/label=a,optimizer.lr=0.1',
+    '--lr=0.2',
+    f'--workdir={tmp_path}/runs/label=a,optimizer.lr=0.2',
+  ]
+  assert 'label=b' in second

@@ -39,14 +39,14 @@ class Ablation:
     seeds: int = 3,
     match: str = '',
     may_move: Sequence[str] = (),
-    vmap_seeds: bool = False,
+    vmap: str = '',
     parallel: int = 1,
   ):
     """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
 
     `match` and `may_move` are by default what the file says of itself as MATCH and MAY_MOVE.
-    `vmap_seeds` has all seeds of an arm trained by one compiled program.  So many runs share the
-    machine as `parallel` says.
+    With vmap='seeds' one compiled program trains all seeds of an arm, and with 'lr' those of all
+    arms that differ in optimizer.lr alone.  So many processes share the machine as `parallel` says.
 
     Raises:
       UserError: the arms do not load, or something moves that was not named; or the directory
@@ -58,15 +58,15 @@ class Ablation:
     may_move = may_move or config.declared(spec, 'MAY_MOVE', ())
     if match not in matching.KINDS:
       raise UserError(f'--match={match} is nothing{did_you_mean(match, matching.KINDS)}')
-    if vmap_seeds and match == 'time':
-      raise UserError('--match=time is of runs that have a device alone: without --vmap_seeds')
-    self.spec, self.match, self.vmap_seeds, self.parallel = spec, match, vmap_seeds, parallel
+    if vmap and match == 'time':
+      raise UserError(f'--match=time is of runs that have a device alone: without --vmap_{vmap}')
+    self.spec, self.match, self.vmap, self.parallel = spec, match, vmap, parallel
     self.directory = workdir_lib.on_disk(workdir)
     asked = arms_lib.of(spec, vary)
     self.named = arms_lib.named(asked)
     configs = {arm.name: arm.config() for arm in asked}
     arms_lib.check_moved(arms_lib.moved(configs), asked, may_move)
-    if vmap_seeds:
+    if vmap:
       for one in configs.values():
         vmapped.check(one)
     first = configs[asked[0].name]['seed']
@@ -179,7 +179,7 @@ class Ablation:
 
   def jobs(self) -> list[Job]:
     """What processes have to do until all runs have come to their end."""
-    return runs.jobs(self.runs, self.vmap_seeds)
+    return runs.jobs(self.runs, self.vmap)
 
   def study(
     self,

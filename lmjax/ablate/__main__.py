@@ -41,7 +41,8 @@ def main() -> None:
   else:
     jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
   what = f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move
-  made = ablate.Ablation(*what, f.vmap_seeds, f.parallel)
+  vmap = 'lr' if f.vmap_lr else 'seeds' if f.vmap_seeds else ''
+  made = ablate.Ablation(*what, vmap, f.parallel)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
   made.check_metric(f.metric)
@@ -92,6 +93,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('match', '', 'What arms get as much of: steps, tokens, flops or time.')
   flags.DEFINE_list('may_move', [], 'Keys that may differ because a variant says so.')
   flags.DEFINE_bool('vmap_seeds', False, 'All seeds of an arm in one compiled program.')
+  flags.DEFINE_bool('vmap_lr', False, 'And those of arms that differ in optimizer.lr alone.')
   flags.DEFINE_string('workdir', '', 'Where runs and report are kept.')
   flags.DEFINE_string('plan', '', 'Run nothing: say what it needs on a topology such as h100:1.')
   flags.DEFINE_string('metric', '', 'What is compared, such as eval/validation/xent.')

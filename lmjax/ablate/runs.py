@@ -64,17 +64,25 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Together:
-  """Seeds of an arm that one program trains."""
+  """Seeds of an arm that one program trains, or of arms that have a learning rate each."""
 
   runs: Sequence[Run]
 
   @property
   def argv(self) -> list[str]:
     """Of Python, behind -m."""
-    first, seeds = self.runs[0], ','.join(str(run.seed) for run in self.runs)
-    check = [] if first.first else ['--config.check=False']
-    where = [f'--seeds={seeds}', f'--workdir={first.workdir.parent}', *check]
-    return ['lmjax.ablate.vmapped', *first.arm.flags(), *where]
+    arms = dict.fromkeys(run.arm for run in self.runs)
+    where = {run.arm: run.workdir.parent for run in self.runs}
+    seeds = ','.join(map(str, sorted({run.seed for run in self.runs})))
+    check = [] if any(run.first for run in self.runs) else ['--config.check=False']
+    own = []
+    for arm in arms:
+      own += [f'--lr={arm.config()["optimizer"]["lr"]}'] if len(arms) > 1 else []
+      own.append(f'--workdir={where[arm]}')
+    arm = next(iter(arms))
+    if len(arms) > 1:
+      arm = dataclasses.replace(arm, overrides=_but_lr(arm))
+    return ['lmjax.ablate.vmapped', *arm.flags(), f'--seeds={seeds}', *own, *check]
 
   @property
   def command(self) -> str:
@@ -88,13 +96,20 @@ class Together:
 Job = Run | Together  # what a process does
 
 
-def jobs(runs: Sequence[Run], vmap_seeds: bool) -> list[Job]:
-  """What is left to do, run by run or arm by arm."""
+def jobs(runs: Sequence[Run], vmap: str = '') -> list[Job]:
+  """What is left to do: run by run, or together the 'seeds' of an arm, or all of its 'lr' too."""
   left = [run for run in runs if run.outcome()[0] == 'unfinished']
-  if not vmap_seeds:
+  if not vmap:
     return left
-  of = {arm: [run for run in left if run.arm == arm] for arm in dict.fromkeys(r.arm for r in runs)}
-  return [Together(seeds) for seeds in of.values() if seeds]
+  of: dict[str, list[Run]] = {}
+  for run in runs:
+    what = (_but_lr(run.arm), run.arm.solved) if vmap == 'lr' else run.arm.name
+    of.setdefault(str(what), []).extend([run] if run in left else [])
+  return [Together(found) for found in of.values() if found]
+
+
+def _but_lr(arm: Arm) -> dict[str, Any]:
+  return {key: x for key, x in arm.overrides.items() if key != 'optimizer.lr'}
 
 
 class Slot(NamedTuple):

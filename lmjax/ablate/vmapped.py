@@ -1,6 +1,7 @@
 """Trains several seeds of an experiment in one compiled program; lmjax.ablate --vmap_seeds runs it:
 
 python -m lmjax.ablate.vmapped --config FILE.py[:ARG] --seeds 0,1,2 --workdir DIR
+python -m lmjax.ablate.vmapped … --seeds 0,1,2 --lr 0.001 --workdir DIR --lr 0.01 --workdir OTHER
 
 A step of a small model leaves most of a device idle.  Five of them, vmapped, make 1.8 times as many
 steps a second of dim 16 on two CPU cores, and 1.3 times of dim 64 (tests/benchmarks/vmapped.py).
@@ -9,6 +10,7 @@ rounding, the numbers that it has alone; either may take up what the other began
 """
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,16 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 from lmjax import (
   command,
   experiment,
-  fingerprint,
-  goodput,
   guard,
-  metrics,
   offload,
   sharding,
   stopping,
@@ -34,18 +32,23 @@ from lmjax import (
 )
 from lmjax import config as config_lib
 from lmjax import workdir as workdir_lib
+from lmjax.ablate.seed import Seed
 from lmjax.data import loader
 from lmjax.errors import NonFinite, UserError
 from lmjax.evaluate import Evaluator
-from lmjax.saving import Saving
-from lmjax.state import TrainState, averaged, fresh, init_state
+from lmjax.state import TrainState, averaged, init_state
 from lmjax.step import make_step
 from lmjax.terminal import say
 
+Path = str | pathlib.Path
 
-def run(config: Mapping[str, Any], seeds: Sequence[int], workdir: str | pathlib.Path) -> None:
+
+def run(
+  config: Mapping[str, Any], seeds: Sequence[int], workdir: Path | Mapping[float, Path]
+) -> None:
   """Trains the seeds that are not finished, in `workdir`/<seed>.
 
+  `workdir` may be one for each of several learning rates: then each seed is trained with each.
   A seed that its numbers stop is left out of what follows.  The oracles of lmjax.check are tried
   with the first seed.
 
@@ -56,22 +59,24 @@ def run(config: Mapping[str, Any], seeds: Sequence[int], workdir: str | pathlib.
   offload.allow()
   c = config_lib.resolve(config)
   check(c)
+  places = workdir if isinstance(workdir, Mapping) else {c['optimizer']['lr']: workdir}
   with stopping.Stop() as stop, contextlib.ExitStack() as held:
     todo = []
-    for seed in seeds:
+    for seed, (lr, where) in itertools.product(seeds, places.items()):
       own = {**c, 'seed': seed, 'check': c['check'] and seed == seeds[0]}
-      path = experiment.run_path(pathlib.Path(workdir) / str(seed))
+      own['optimizer'] = {**c['optimizer'], 'lr': lr}
+      path = experiment.run_path(pathlib.Path(where) / str(seed))
       if not workdir_lib.check(path, own) and not guard.stopped(path):
         held.enter_context(workdir_lib.owned(path))
         todo.append((own, path))
-    found = [held.enter_context(_Seed(*one, len(todo))) for one in todo]
+    found = [held.enter_context(Seed(*one, len(todo))) for one in todo]
     if not found:
       return
     mesh = found[0].mesh
     held.enter_context(jax.set_mesh(mesh))
     held.enter_context(sharding.logical_axes(c['sharding']['strategy']))
     like, _, _ = init_state(found[0].parts, mesh)
-    at: dict[int, list[_Seed]] = {}
+    at: dict[int, list[Seed]] = {}
     for one in found:  # a kill may have come between the saves of two
       at.setdefault(one.restore(like), []).append(one)
     for start, together in at.items():
@@ -85,69 +90,31 @@ def check(config: Mapping[str, Any]) -> None:
       raise UserError(f'guard.{key} = "{action}" is decided run by run: without --vmap_seeds')
 
 
-class _Seed(contextlib.ExitStack):
-  """The run of one seed: what it is made of, and what is written of it."""
-
-  def __init__(self, config: Mapping[str, Any], path: epath.Path, among: int):
-    """`among` so many seeds the machine and its time are shared."""
-    super().__init__()
-    self.config, self.path, self.among = config, path, among
-    self.clock = self.enter_context(goodput.Clock(path, among))
-    self.parts, self.mesh, self._digests = train.prepared(config, path)
-    if self.mesh.size > 1:
-      raise UserError(
-        f'seeds are trained together on one device, and here are {self.mesh.size}: '
-        f'--parallel={self.mesh.size} lets arms share them'
-      )
-    self.data = loader.Loader(self.parts.examples('train'), config['batch'], config['seed'])
-    self.saving = self.enter_context(Saving(path, config, self._digests))
-
-  def restore(self, like: TrainState) -> int:
-    """Takes up what is there; the step that it is at."""
-    names = fingerprint.named(like.params)
-    self.judge = guard.Guard(self.path, self.config, names, self.saving.steps)
-    if any(self.judge.counts().values()):
-      raise UserError(f'{self.path} has batches left out, and goes on alone: without --vmap_seeds')
-    fetch = lambda step: loader.fingerprint(self.data.batch(step - 1))
-    with self.clock.of('restore'):
-      start, self.state, self.meta = self.saving.restore(like, self.judge, fetch)
-    self.clock.take_up(self.meta.pop('productive'))
-    return start
-
-  def begin(self, start: int) -> TrainState:
-    """Says what the run is, and opens what is written of it; the state that it goes on from."""
-    c, state = self.config, self.state
-    self.state = None
-    if state is None:
-      state = fresh(self.parts, self.mesh, *init_state(self.parts, self.mesh))
-    described = self.parts, self.path, self._digests, state.params, start
-    workdir_lib.describe(*described, among=self.among)
-    cost = train.cost(self.parts, self.mesh)
-    cost |= {key: self.among * cost[key] for key in ('tokens', 'flops')}
-    told = {**self.meta, 'whose': f'seed {c["seed"]}: '}
-    log = metrics.Log(self.path, start, c['steps'], c['log'], cost, self.judge.accepts, **told)
-    self.log = self.enter_context(log)
-    return state
-
-
 class _Group:
   """Seeds that are at the same step, and their states in one."""
 
-  def __init__(self, start: int, seeds: Sequence[_Seed]):
+  def __init__(self, start: int, seeds: Sequence[Seed]):
     self.start, self.seeds, self.stopped = start, seeds, set()
     self.parts, self.config = seeds[0].parts, seeds[0].config
     mesh = seeds[0].mesh
     self.device = mesh.devices.flat[0]
     self.state = jax.tree.map(lambda *x: jnp.stack(x), *[seed.begin(start) for seed in seeds])
+    peaks = jnp.array([seed.config['optimizer']['lr'] for seed in seeds], jnp.float32)
     with self.clocks('compile'):
-      step = jax.vmap(make_step(self.parts, init_state(self.parts, mesh)[1]))
-      lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.batch(1)[1])
-      self.step = lowered.compile()
+      step = jax.jit(jax.vmap(self._update), donate_argnums=0)
+      compiled = step.lower(self.state, self.batch(1)[1], peaks).compile()
+    self.step = lambda state, batch: compiled(state, batch, peaks)
     over = lambda step: jax.jit(jax.vmap(step, in_axes=(0, None)))
     self._evaluator = Evaluator(self.parts, mesh, over)
     self._pending: list[tuple[int, list[int], Any]] = []
 
-  def going(self) -> Iterator[tuple[int, _Seed]]:
+  def _update(self, state: TrainState, batch: Mapping[str, jax.Array], peak: jax.Array) -> Any:
+    """A step of one seed, with this learning rate."""
+    axes = sharding.axis_names(self.parts.boxed_shapes())
+    transform = self.parts.optimizer.transform(axes, self.config['steps'], peak)
+    return make_step(self.parts, transform, peak)(state, batch)
+
+  def going(self) -> Iterator[tuple[int, Seed]]:
     """(place, seed) of those that nothing has stopped."""
     return ((i, seed) for i, seed in enumerate(self.seeds) if i not in self.stopped)
 
@@ -279,13 +246,17 @@ def main() -> None:
     raise UserError('name --config FILE.py[:ARGUMENT], --seeds N1,N2 and --workdir DIR')
   if not all(seed.isdecimal() for seed in f.seeds):
     raise UserError(f'--seeds={",".join(f.seeds)} are no numbers')
-  run(f.config, [int(seed) for seed in f.seeds], f.workdir)
+  if len(f.workdir) != max(1, len(f.lr)):
+    raise UserError('name as many --workdir DIR as --lr, or one without')
+  where = dict(zip(f.lr, f.workdir, strict=True)) if f.lr else f.workdir[0]
+  run(f.config, [int(seed) for seed in f.seeds], where)
 
 
 if __name__ == '__main__':
   command.keep_freed_memory()
   config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_list('seeds', [], 'Those that are trained together.')
-  flags.DEFINE_string('workdir', '', 'Where each of them has a directory.')
+  flags.DEFINE_multi_string('workdir', [], 'Where each of them has a directory.')
+  flags.DEFINE_multi_float('lr', [], 'In place of optimizer.lr, one for each --workdir.')
   flags.DEFINE_integer('parent', None, 'Stop, saved, when this process, which began it, is gone.')
   command.run(main)
