@@ -14,11 +14,12 @@ TOPOLOGIES = {'cpu:1': {}}
 
 def get_config():
   c = config.base(objective='clm')
-  c.steps, c.batch, c.length = 300, 16, 128
+  c.steps, c.batch, c.length = 200, 16, 128
   c.tokenizer.update(vocab_size=2048, model_type='unigram')
   c.model.update(depth=2, dim=128, heads=4, positions='rotary', scan=False)
-  c.optimizer.update(lr=3e-3, warmup_steps=30, clip=1.0)
+  c.optimizer.update(lr=3e-3, warmup_steps=20, clip=1.0)
   c.checkpoint.every = c.evaluate.every = 100
+  c.evaluate.batches = 32
   return c
 
 

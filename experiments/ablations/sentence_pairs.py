@@ -15,12 +15,13 @@ TOPOLOGIES = {'cpu:1': {}}
 def get_config():
   c = config.base(objective='mlm')
   c.evaluate.yardstick = 64
-  c.steps, c.batch, c.length = 400, 32, 128
+  c.steps, c.batch, c.length = 400, 16, 128
   c.tokenizer.update(vocab_size=2048, model_type='unigram')
   c.model.update(size='bert_tiny', initializer='bert', ffn='gelu', scan=False)
   c.model.update(norm_position='post', embed_norm=True)
   c.optimizer.update(lr=1e-3, warmup_steps=40, weight_decay=0.01, clip=1.0)
-  c.checkpoint.every = c.evaluate.every = 100
+  c.checkpoint.every = c.evaluate.every = 200
+  c.evaluate.batches = 32
   return c
 
 
