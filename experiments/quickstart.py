@@ -4,7 +4,8 @@ python -m lmjax.main --config experiments/quickstart.py --workdir /tmp/lmjax/qui
 
 Hardware: 2 shared CPU cores.  Time: 5.6 minutes with oracles and evaluations, of which 4 are
 training; corpus and tokenizer lay in the cache.  Result: 1.777 bits per byte of validation text
-(CPython 3.11.7), where xz -9 has 1.641 and the order-0 entropy is 4.641.
+(CPython 3.11.7), where xz -9 has 1.641 and the order-0 entropy is 4.641; of three seeds 1.786, with
+a deviation of 0.010.
 Curve: training loss 6.616 after 20 steps, 4.796 after 60, 4.373 after 100, 3.845 after 175, 3.565
 after 340; 1.936 bits per byte after 175.
 
