@@ -116,6 +116,8 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
 [[ ${o[existing]} == yes || ! $(state) ]] || mistake "${o[name]} is there already: name another, or use it with --existing"
+[[ ${o[existing]} == yes || ${o[keep]} == yes || " ${arguments[*]}" == *://* ]] ||
+  say 'no bucket is named, and the disk is deleted with the machine: --workdir gs://BUCKET/RUN, or --keep before the --'
 pack
 for ((tries = 1; ; tries++)); do
   began='' code=0

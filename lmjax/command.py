@@ -85,6 +85,9 @@ def end(number: int) -> NoReturn:
   code, why = _ENDS[number]
   say(why)
   with _beginning:
+    if any(saves for _, saves in _children):
+      code = Restart.exit_code
+      say('what is at work saves, and goes on with the same command')
     for process, saves in _children:
       _ask(process, saves)
     until = time.monotonic() + GRACE

@@ -38,8 +38,10 @@ def train(
   argv = [sys.executable, '-m', 'lmjax.main', *config.flags_of(spec, overrides or {}), *own]
   file = directory.with_name(f'{directory.name}.log')
   shown, drawn = display.display(display.Markdown('preparing …'), display_id=True), 0
+  if shown is None:
+    raise UserError('live.train draws in a notebook, and here is none: lmjax.train.run trains')
   with (
-    file.open('w') as log,
+    file.open('a') as log,
     command.child(argv, saves=True, stdout=log, stderr=subprocess.STDOUT) as process,
   ):
     while process.poll() is None:

@@ -8,6 +8,7 @@ how far they are; these wait there until they hear which step is the last.
 import contextlib
 import faulthandler
 import http.client
+import math
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from lmjax.errors import Restart
 from lmjax.terminal import say
 
 RETRY = 10.0  # seconds until a metadata server that has not answered is asked again
+BURST = 1.0  # seconds within which SIGTERMs are one
 PATIENCE = 60.0  # seconds without a step, at least, before a run is taken for stuck
 
 
@@ -98,12 +100,17 @@ class Stop(contextlib.AbstractContextManager):
     return self._name
 
   def _listen(self) -> None:
+    since = -math.inf
     while heard := self._ear.recv(1):
       number = heard[0]
       if number == signal.SIGINT and not self._begun and self._interrupts:
         command.end(number)
-      if number not in self._former:
+      # Where a process has many threads, its end is told once for each, and schedulers repeat
+      # themselves as well.
+      late = time.monotonic() - since > BURST
+      if number not in self._former or not (late or number == signal.SIGINT):
         continue
+      since = time.monotonic()
       self._count += 1
       name = signal.Signals(number).name
       if not self._begun:

@@ -70,7 +70,7 @@ def check(path: epath.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 def on_disk(path: str | os.PathLike) -> pathlib.Path:
   """Absolute.  UserError for one in a bucket, where it is more than runs that are kept."""
   if '://' in os.fspath(path):
-    raise UserError(f'{os.fspath(path)} is in a bucket, and this is kept on a disk')
+    raise UserError(f'{os.fspath(path)} is in a bucket: this is kept in a directory of a disk')
   return pathlib.Path(path).expanduser().absolute()
 
 

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from lmjax import ablate, config, sharding, train, workdir
-from lmjax.ablate import arms, budget, fixed, matching, runs
+from lmjax.ablate import arms, budget, fixed, matching, runs, slots
 from lmjax.ablate.fixed import Facts
 from lmjax.errors import StorageError, UserError
 from lmjax.evaluate import Evaluator
@@ -338,21 +338,21 @@ def test_what_was_measured_holds_when_it_goes_on(monkeypatch, tmp_path):
 def test_slots_share_the_machine(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-  monkeypatch.setattr(runs, '_devices', lambda: ('cpu', 1))
-  assert [slot.cores for slot in runs.slots(2)] == [{0, 1}, {2, 3}]
-  assert runs.slots(1)[0].cores == {0, 1, 2, 3}
+  monkeypatch.setattr(slots, '_devices', lambda: ('cpu', 1))
+  assert [slot.cores for slot in slots.slots(2)] == [{0, 1}, {2, 3}]
+  assert slots.slots(1)[0].cores == {0, 1, 2, 3}
   with pytest.raises(UserError, match='does not divide the 4 CPU cores'):
-    runs.slots(3)
-  monkeypatch.setattr(runs, '_devices', lambda: ('gpu', 8))
-  found = runs.slots(4)
+    slots.slots(3)
+  monkeypatch.setattr(slots, '_devices', lambda: ('gpu', 8))
+  found = slots.slots(4)
   assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in found] == ['0,1', '2,3', '4,5', '6,7']
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'GPU-a,GPU-b')
-  monkeypatch.setattr(runs, '_devices', lambda: ('gpu', 2))
-  assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in runs.slots(2)] == ['GPU-a', 'GPU-b']
-  monkeypatch.setattr(runs, '_devices', lambda: ('tpu', 4))
-  assert [s.environment['TPU_VISIBLE_CHIPS'] for s in runs.slots(4)] == ['0', '1', '2', '3']
+  monkeypatch.setattr(slots, '_devices', lambda: ('gpu', 2))
+  assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in slots.slots(2)] == ['GPU-a', 'GPU-b']
+  monkeypatch.setattr(slots, '_devices', lambda: ('tpu', 4))
+  assert [s.environment['TPU_VISIBLE_CHIPS'] for s in slots.slots(4)] == ['0', '1', '2', '3']
   with pytest.raises(UserError, match='--parallel=4 or 1'):
-    runs.slots(2)
+    slots.slots(2)
 
 
 # -------------------------------------------------------------------------------------- for real
@@ -398,15 +398,18 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   assert until(second, 20, signal.SIGKILL) == -signal.SIGKILL
   begun = (first / 'result.json').stat().st_mtime
 
-  # What goes wrong in a run does not hide what the others have come to.
+  # What goes wrong in an arm is said, and the others go on.
   config_of = second / 'config.json'
   kept = config_of.read_text()
   config_of.write_text(kept.replace('"steps": 60', '"steps": 61'))
   done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
   assert done.returncode == 2
   assert 'ended with 2: ' in done.stderr
-  assert '(steps is 61 there and 60 here)' in done.stderr
-  assert '3 of 4 runs are not finished' in (where / 'report.md').read_text()
+  assert done.stderr.endswith('lmjax: not run to the end: label=two\n')
+  told = (where / 'report.md').read_text()
+  assert '2 of 4 runs are not finished' in told
+  assert '(steps is 61 there and 60 here)' in told
+  assert not (second.parent / '1').exists()
   config_of.write_text(kept)
   seen = subprocess.run([*argv, '--launch=none'], capture_output=True, text=True, check=True)
   assert 'label=two beside label=one: unknown: no seed has ended in both arms' in seen.stdout
@@ -483,7 +486,7 @@ def ended(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, 'Popen', start)
     monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None)
     monkeypatch.setattr(runs, 'POLL', 0)
-    assert list(runs.work(runs.jobs([run]), [runs.Slot({}, frozenset())])) == [run]
+    assert list(runs.work(runs.jobs([run]), [slots.Slot({}, frozenset())])) == [run]
     assert runs.jobs([run]) == []  # it has ended, for good
     return run.outcome()
 
@@ -518,14 +521,16 @@ def test_a_run_that_its_numbers_stop_is_an_outcome(ended):
 
 
 @pytest.mark.parametrize(('code', 'error'), [(1, RuntimeError), (2, UserError), (74, StorageError)])
-def test_a_mistake_ends_the_ablation(ended, code, error):
-  with pytest.raises(error, match=rf'ended with {code}: the loss is not finite'):
+def test_a_mistake_ends_the_ablation(ended, capsys, code, error):
+  with pytest.raises(error, match=r'not run to the end: label=a'):
     ended(code)
+  assert f' ended with {code}: the loss is not finite\n' in capsys.readouterr().err
 
 
-def test_a_run_without_progress_ends_the_ablation(ended):
-  with pytest.raises(UserError, match=rf'{runs.TRIES} times without a new checkpoint'):
+def test_a_run_without_progress_ends_the_ablation(ended, capsys):
+  with pytest.raises(UserError, match='not run to the end: label=a'):
     ended(*[75] * 100)
+  assert f'{runs.TRIES} times without a new checkpoint' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -578,9 +583,22 @@ def test_runs_that_share_a_machine_share_its_price(collected):
   assert [arm['price'] for arm in study['arms']] == [2.0, 2.0]
 
 
-def test_an_ablation_is_kept_on_a_disk():
-  with pytest.raises(UserError, match='gs://bucket/x is in a bucket'):
+def test_an_ablation_is_kept_on_a_disk_and_in_no_run(tmp_path):
+  with pytest.raises(UserError, match='gs://bucket/x is in a bucket: '):
     ablate.Ablation(QUICK, 'gs://bucket/x', ['label=a,b'])
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match='holds a run: choose another'):
+    ablate.Ablation(QUICK, tmp_path, ['label=a,b'])
+
+
+def test_what_all_arms_are_given(tmp_path):
+  given = {'steps': 7, 'check': False, 'optimizer.lr': 0.5}
+  found = arms.of(QUICK, ['optimizer.lr=0.1,0.2'], given)
+  assert [arm.name for arm in found] == ['optimizer.lr=0.1', 'optimizer.lr=0.2']
+  for arm, rate in zip(found, (0.1, 0.2), strict=True):
+    c = arm.config()
+    assert (c['steps'], c['check'], c['optimizer']['lr']) == (7, False, rate)
+    assert {'--config.steps=7', '--config.check=False'} < set(arm.flags())
 
 
 def test_an_arm_that_does_not_survive_is_not_judged_by_those_that_did():

@@ -87,6 +87,7 @@ FLOORS = [
         'ablate.fixed',
         'ablate.seed',
         'ablate.vmapped',
+        'ablate.slots',
         'ablate.runs',
         'ablate.report',
         'ablate',
@@ -100,7 +101,8 @@ FLOORS = [
   ],
 ]
 # Commands, and what writes an experiment file.
-MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__', 'ablate.vmapped')
+MAY_NAME_IT = ('main', 'check.__main__', 'workdir', 'data.__main__')
+MAY_NAME_IT += ('ablate.__main__', 'ablate.vmapped')
 # heads builds on layers, and stands beside the cores.
 ALLOWED = {('models.heads', f'models.{room}') for room in ('layers', 'products', 'shards')}
 

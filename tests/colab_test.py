@@ -8,6 +8,7 @@ import sys
 import nbclient
 import nbformat
 import pytest
+from IPython import display
 
 from lmjax import live
 from lmjax.errors import UserError
@@ -52,7 +53,14 @@ def test_a_notebook_is_kept_without_outputs_and_says_what_it_needs(name):
   assert all('==' in one for one in needed)
 
 
-def test_a_run_that_does_not_come_to_its_end_says_why(tmp_path):
+def test_outside_a_notebook_there_is_nothing_to_draw_in(tmp_path):
+  with pytest.raises(UserError, match=r'lmjax\.train\.run trains'):
+    live.train('experiments/quickstart.py', tmp_path / 'run')
+  assert not (tmp_path / 'run.log').exists()
+
+
+def test_a_run_that_does_not_come_to_its_end_says_why(tmp_path, monkeypatch):
+  monkeypatch.setattr(display, 'display', lambda *_, **__: display.DisplayHandle())
   with pytest.raises(UserError, match=r'no "steeps" in the config .did you mean "steps"'):
     live.train('experiments/quickstart.py', tmp_path / 'run', {'steeps': 3})
   assert 'steeps' in (tmp_path / 'run.log').read_text()

@@ -2,10 +2,10 @@
 
 python -m lmjax.ablate --config experiments/ablations/masking.py --parallel 2 --workdir DIR
 
-Hardware: 2 shared CPU cores, busy with other work.  Time: 12 minutes; a run trains for 1.6.  Result:
-masks that remain are worse by 0.044 ± 0.041 nats (5.495 and 5.451; 3 seeds, p = 0.043), and ten
-masks of each row are not told from new ones (0.008 ± 0.138 better).  Seeds in pairs have a third of
-the variance that they would have alone.
+Hardware: 2 shared CPU cores, busy with other work.  Time: 12 minutes; a run trains for 1.6.
+Result: masks that remain are worse by 0.044 ± 0.041 nats (5.495 and 5.451; 3 seeds, p = 0.043), and
+ten masks of each row are not told from new ones (0.008 ± 0.138 better).  Seeds in pairs have a
+third of the variance that they would have alone.
 
 Liu et al., 2019, find dynamic masks as good or slightly better.  It takes several epochs to matter:
 three of the smaller part of the corpus, and the beginning of the larger one is what is asked.

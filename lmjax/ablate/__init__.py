@@ -4,6 +4,7 @@ Every arm is run with the same seeds.  A seed fixes the order of the text, the m
 value of each parameter that arms share, so that differences are taken seed by seed.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ from etils import epath
 from lmjax import config, jsonio
 from lmjax import workdir as workdir_lib
 from lmjax.ablate import arms as arms_lib
-from lmjax.ablate import fixed, markdown, matching, page, report, runs, vmapped
+from lmjax.ablate import fixed, markdown, matching, page, report, runs, seed, slots
 from lmjax.ablate.arms import Arm
 from lmjax.ablate.fixed import Facts
 from lmjax.ablate.runs import Job, Run
 from lmjax.config import did_you_mean
 from lmjax.errors import UserError
+from lmjax.sweep import Overrides
 
 LOOKS = (
   'seeds were added after a look (there were {seeds}): with {count} looks a difference is called '
@@ -41,12 +43,14 @@ class Ablation:
     may_move: Sequence[str] = (),
     vmap: str = '',
     parallel: int = 1,
+    overrides: Overrides | None = None,
   ):
     """`spec` is FILE.py[:ARGUMENT]; `vary` holds 'KEY=V1,V2', or is empty for the file's sweep().
 
     `match` and `may_move` are by default what the file says of itself as MATCH and MAY_MOVE.
     With vmap='seeds' one compiled program trains all seeds of an arm, and with 'lr' those of all
     arms that differ in optimizer.lr alone.  So many processes share the machine as `parallel` says.
+    All arms have the `overrides`.
 
     Raises:
       UserError: the arms do not load, or something moves that was not named; or the directory
@@ -62,13 +66,15 @@ class Ablation:
       raise UserError(f'--match=time is of runs that have a device alone: without --vmap_{vmap}')
     self.spec, self.match, self.vmap, self.parallel = spec, match, vmap, parallel
     self.directory = workdir_lib.on_disk(workdir)
-    asked = arms_lib.of(spec, vary)
+    if (self.directory / 'config.json').exists():
+      raise UserError(f'{self.directory} holds a run: choose another --workdir')
+    asked = arms_lib.of(spec, vary, overrides)
     self.named = arms_lib.named(asked)
     configs = {arm.name: arm.config() for arm in asked}
     arms_lib.check_moved(arms_lib.moved(configs), asked, may_move)
     if vmap:
       for one in configs.values():
-        vmapped.check(one)
+        seed.check(one)
     first = configs[asked[0].name]['seed']
     self.seeds = list(range(first, first + seeds))
     self._asked = asked
@@ -91,7 +97,7 @@ class Ablation:
     self.remainders = {arm.name: x for arm, x in zip(self.arms, remainders, strict=True)}
     if kept and self.match == 'time':  # what was measured then holds
       known = lambda arm, key: kept['arms'].get(arm.name, {}).get(key)
-      self.arms = [Arm(a.spec, a.overrides, known(a, 'solved') or {}) for a in self._asked]
+      self.arms = [dataclasses.replace(a, solved=known(a, 'solved') or {}) for a in self._asked]
       self.remainders = {arm.name: known(arm, 'remainder') for arm in self.arms}
     self.facts: list[Facts] = [
       facts[arm.name]._replace(steps=arm.config()['steps']) for arm in self.arms
@@ -139,6 +145,10 @@ class Ablation:
         f'{self.directory} holds another ablation (it differs in {what}): choose another --workdir'
       )
 
+  @property
+  def begun(self) -> bool:
+    return self._kept() is not None
+
   def keep(self) -> None:
     """From here on the directory is this ablation's."""
     try:
@@ -164,18 +174,18 @@ class Ablation:
     if self._kept():
       return 1.0
     steps = {'steps': PROBE, 'optimizer.warmup_steps': 1, 'log.every': 1, 'evaluate.batches': 1}
-    probe = Arm(arm.spec, arm.overrides, steps)
+    probe = dataclasses.replace(arm, solved=steps)
     where = self.directory / 'probes' / arm.name
     print(f'measuring a step of {arm.name}', flush=True)
     shutil.rmtree(where, ignore_errors=True)  # of an attempt that came no further
     run = Run(probe, self.seeds[0], where, first=False)
-    for _ in runs.work([run], runs.slots(self.parallel)[:1]):
+    for _ in runs.work([run], slots.slots(self.parallel)[:1]):
       pass
     return runs.seconds_of_a_step(run)
 
   def work(self) -> Iterator[Run]:
     """Runs what is not finished; yields each run that comes to its end."""
-    yield from runs.work(self.jobs(), runs.slots(self.parallel))
+    yield from runs.work(self.jobs(), slots.slots(self.parallel))
 
   def jobs(self) -> list[Job]:
     """What processes have to do until all runs have come to their end."""

@@ -3,7 +3,7 @@
 python -m lmjax.ablate --config FILE.py[:ARG] --vary KEY=V1,V2 … --seeds N --workdir DIR
     runs each arm with each seed, and writes report.html, report.md and report.json into DIR.
     Without --vary the arms are those of the file's sweep().  The same command again goes on
-    where it was stopped; with more seeds it adds them.
+    where it was stopped; with more seeds it adds them.  --config.KEY=VALUE is for all arms.
 
     --launch print prints the commands that are left, for other machines, and --launch none
     reports what has ended by now.
@@ -18,6 +18,7 @@ import sys
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from lmjax import ablate, command, hardware
 from lmjax.ablate import budget
@@ -28,7 +29,7 @@ LAUNCH = ('here', 'print', 'none')
 
 def main() -> None:
   f = flags.FLAGS
-  if not f.config:
+  if f.config is None:
     raise UserError('name an experiment with --config FILE.py[:ARGUMENT]')
   if not f.workdir:
     raise UserError('name a directory for the runs and the report with --workdir DIR')
@@ -40,9 +41,13 @@ def main() -> None:
     hardware.prepare([f.plan])
   else:
     jax.config.update('jax_platforms', 'cpu')  # what is there is for the runs
-  what = f.config, f.workdir, f.vary, f.seeds, f.match, f.may_move
+  spec = config_flags.get_config_filename(f['config'])
+  plain = lambda x: x.to_dict() if isinstance(x, ConfigDict) else x
+  values = config_flags.get_override_values(f['config'])
+  given = {key: plain(x) for key, x in values.items()}
   vmap = 'lr' if f.vmap_lr else 'seeds' if f.vmap_seeds else ''
-  made = ablate.Ablation(*what, vmap, f.parallel)
+  how = f.seeds, f.match, f.may_move, vmap, f.parallel, given
+  made = ablate.Ablation(spec, f.workdir, f.vary, *how)
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
   made.check_metric(f.metric)
@@ -50,6 +55,8 @@ def main() -> None:
     entries = budget.plans(made.arms, f.plan)
     print('\n'.join(budget.lines(made.arms, entries, f.seeds, f.price_per_hour)))
     return
+  if f.launch == 'none' and not made.begun:
+    raise UserError(f'{made.directory} holds no ablation yet')
   made.keep()
   left = made.jobs()
   if f.launch == 'print' and left:
@@ -63,6 +70,9 @@ def main() -> None:
 
 
 def work(made: ablate.Ablation, done: int) -> None:
+  if left := len(made.runs) - done:
+    where = made.directory / 'runs' / '*' / '*.log'
+    print(f'{left} runs are left, {made.parallel} at a time; what they print: {where}', flush=True)
   for number, run in enumerate(made.work(), start=done + 1):
     status, why = run.outcome()
     said = f'{run.arm.name} seed {run.seed} {status}' + (f': {why}' if why else '')
@@ -87,7 +97,7 @@ def report(made: ablate.Ablation) -> None:
 if __name__ == '__main__':
   if '--help' in sys.argv:
     print(__doc__)
-  flags.DEFINE_string('config', '', 'The experiment: FILE.py[:ARGUMENT].')
+  config_flags.DEFINE_config_file('config', None, 'The experiment: FILE.py[:ARGUMENT].')
   flags.DEFINE_multi_string('vary', [], 'KEY=V1,V2: a key and its values, one an arm.')
   flags.DEFINE_integer('seeds', 3, 'How many seeds each arm is run with.')
   flags.DEFINE_string('match', '', 'What arms get as much of: steps, tokens, flops or time.')

@@ -21,6 +21,7 @@ class Arm:
   spec: str  # FILE.py[:ARGUMENT]
   overrides: Overrides  # what was named
   solved: Overrides = dataclasses.field(default_factory=dict)  # and what makes it comparable
+  shared: Overrides = dataclasses.field(default_factory=dict)  # what all arms have been given
 
   @property
   def name(self) -> str:
@@ -31,7 +32,12 @@ class Arm:
   def flags(self, seed: int | None = None) -> list[str]:
     """Those by which lmjax.main runs it."""
     own = {} if seed is None else {'seed': seed}
-    return config.flags_of(self.spec, self.overrides | self.solved | own)
+    return config.flags_of(self.spec, self.given | own)
+
+  @property
+  def given(self) -> Overrides:
+    """All by which it differs from the file."""
+    return {**self.shared, **self.overrides, **self.solved}
 
   def command(self) -> str:
     """What a shell is told to run it, but for seed and workdir."""
@@ -39,11 +45,13 @@ class Arm:
 
   def config(self) -> dict[str, Any]:
     """Resolved; a UserError where it is none."""
-    return config.resolve(config.load(self.spec, self.overrides | self.solved))
+    return config.resolve(config.load(self.spec, self.given))
 
 
-def of(spec: str, vary: Sequence[str]) -> list[Arm]:
+def of(spec: str, vary: Sequence[str], shared: Overrides | None = None) -> list[Arm]:
   """Every combination of what is varied, or else the arms of the file's own sweep.
+
+  All have the overrides `shared` besides.
 
   Raises:
     UserError: there is nothing to compare, or two arms are called the same.
@@ -51,7 +59,8 @@ def of(spec: str, vary: Sequence[str]) -> list[Arm]:
   varied = dict(map(_values, vary))
   if len(varied) < len(vary):
     raise UserError('a key is varied twice: give all its values at once, as KEY=V1,V2')
-  found = [Arm(spec, one) for one in (product(varied) if varied else config.arms(spec))]
+  asked = product(varied) if varied else config.arms(spec)
+  found = [Arm(spec, one, shared=shared or {}) for one in asked]
   names = [arm.name for arm in found]
   if any('seed' in arm.overrides for arm in found):
     raise UserError('seed is varied, and every arm gets the same seeds: --seeds says how many')

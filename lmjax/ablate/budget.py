@@ -15,7 +15,7 @@ def plans(arms: Sequence[Arm], topology: str) -> list[Entry]:
   """
   meant = [config.declared(arm.spec, 'TOPOLOGIES', {}).get(topology, {}) for arm in arms]
   return [
-    plan.plan(plan.Job(arm.spec, own | arm.overrides | arm.solved, topology))
+    plan.plan(plan.Job(arm.spec, own | arm.given, topology))
     for arm, own in zip(arms, meant, strict=True)
   ]
 

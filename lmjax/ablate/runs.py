@@ -10,19 +10,20 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
 from lmjax import command, errors, guard, jsonio, record
 from lmjax import workdir as workdir_lib
 from lmjax.ablate.arms import Arm
+from lmjax.ablate.slots import CONFINES, Slot
 from lmjax.errors import NonFinite, Restart, UserError
+from lmjax.terminal import say
 
 TRIES = 5  # starts without a new checkpoint, before a run is given up
 POLL = 0.2  # seconds
-CONFINES = hasattr(os, 'sched_setaffinity')  # macOS runs a process where it likes
 LEAVES = 60  # seconds that a run may take to save when its ablation is gone
 
 
@@ -59,7 +60,8 @@ class Run:
       return 'finished', ''
     if why := guard.stopped(epath.Path(self.workdir)):
       return 'diverged', why
-    return 'unfinished', 'it has not come to its end yet'
+    said = _said(self.log)
+    return 'unfinished', said[0] if said else 'it has not come to its end yet'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,13 +114,6 @@ def _but_lr(arm: Arm) -> dict[str, Any]:
   return {key: x for key, x in arm.overrides.items() if key != 'optimizer.lr'}
 
 
-class Slot(NamedTuple):
-  """A share of this machine's devices, for one run at a time."""
-
-  environment: Mapping[str, str]
-  cores: frozenset[int]
-
-
 def planned(arms: Sequence[Arm], seeds: Sequence[int], directory: pathlib.Path) -> list[Run]:
   """Seed by seed, so that what is there when it is stopped can be compared."""
   where = directory / 'runs'
@@ -127,77 +122,43 @@ def planned(arms: Sequence[Arm], seeds: Sequence[int], directory: pathlib.Path) 
   ]
 
 
-def slots(parallel: int) -> list[Slot]:
-  """The devices that are here in so many equal shares.
-
-  Raises:
-    UserError: they do not divide.
-  """
-  cores = sorted(os.sched_getaffinity(0)) if CONFINES else range(os.cpu_count() or 1)
-  if parallel == 1:
-    return [Slot({}, frozenset(cores))]
-  platform, count = _devices()
-  on = {'gpu': 'GPUs', 'tpu': 'TPU chips', 'cpu': 'CPU cores'}[platform]
-  count = len(cores) if platform == 'cpu' else count
-  if count % parallel:
-    raise UserError(f'--parallel={parallel} does not divide the {count} {on} of this machine')
-  each, share = count // parallel, len(cores) // parallel or len(cores)
-  if platform == 'tpu' and each > 1:
-    raise UserError(f'a run has one TPU chip beside others, or all: --parallel={count} or 1')
-  found = []
-  for number in range(parallel):
-    mine = ','.join(_visible(platform, count)[number * each : (number + 1) * each])
-    environment = {
-      'gpu': {'CUDA_VISIBLE_DEVICES': mine},
-      'tpu': {
-        'TPU_VISIBLE_CHIPS': mine,
-        'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',
-        'TPU_PROCESS_BOUNDS': '1,1,1',
-      },
-      'cpu': {},
-    }[platform]
-    first = number * share % len(cores)
-    found.append(Slot(environment, frozenset(cores[first : first + share])))
-  return found
-
-
-def _visible(platform: str, count: int) -> list[str]:
-  given = os.environ.get('CUDA_VISIBLE_DEVICES', '') if platform == 'gpu' else ''
-  return given.split(',') if given else [str(number) for number in range(count)]
-
-
-def _devices() -> tuple[str, int]:
-  """Asked in a process of its own, which lets go of them again."""
-  ask = 'import jax; d = jax.local_devices(); print("\\n", d[0].platform, len(d))'
-  said = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, check=True)
-  platform, count = said.stdout.split()[-2:]
-  return platform, int(count)
-
-
 def work(todo: Sequence[Job], places: Sequence[Slot]) -> Iterator[Run]:
   """Does the jobs side by side in `places`; yields each run that has come to its end.
 
+  Where one ends with a mistake, nothing more is begun of its arm, and the others go on.
+
   Raises:
-    UserError: a job ends again and again without any progress, or with a mistake of the user's.
-    StorageError, RuntimeError: it ends with such a one.
+    UserError: at the end, where a job has ended again and again without any progress, or with a
+      mistake of the user's.
+    StorageError, RuntimeError: or with such a one.
   """
   for run in (run for job in todo for run in job.runs):
     _await(run.workdir)
   todo, free, going = deque(todo), deque(places), {}
+  wrong: dict[Arm, Exception] = {}
   try:
     while todo or going:
       while todo and free:
-        job, place = todo.popleft(), free.popleft()
-        going[job] = _Try(job, place)
+        job = todo.popleft()
+        if not any(run.arm in wrong for run in job.runs):
+          going[job] = _Try(job, free.popleft())
       time.sleep(POLL)
       for job, attempt in list(going.items()):
-        if attempt.ended():
-          del going[job]
-          free.append(attempt.place)
+        if not attempt.ended():
+          continue
+        del going[job]
+        free.append(attempt.place)
+        if attempt.error is None:
           yield from job.runs
+        else:
+          say(str(attempt.error))
+          wrong |= {run.arm: attempt.error for run in job.runs}
   finally:
     for attempt in going.values():
       attempt.stop()
+  if wrong:
+    first = next(iter(wrong.values()))
+    raise type(first)(f'not run to the end: {", ".join(arm.name for arm in wrong)}')
 
 
 def _await(workdir: pathlib.Path) -> None:
@@ -215,6 +176,7 @@ class _Try:
   def __init__(self, job: Job, place: Slot):
     self.job, self.place = job, place
     self._tries, self._came = 0, -1
+    self.error: Exception | None = None  # by which it has ended
     self._start()
 
   def _start(self) -> None:
@@ -238,16 +200,19 @@ class _Try:
     if code in (0, NonFinite.exit_code):
       return True
     if code > 0 and code != Restart.exit_code:
-      raise errors.of_code(code)(f'{self.job.command} ended with {code}: {_last(self.job.log)}')
+      said = f'{self.job.command} ended with {code}: {_last(self.job.log)}'
+      self.error = errors.of_code(code)(said)
+      return True
     self._tries += 1
     came = max((x for run in self.job.runs for x in _steps(run.workdir)), default=-1)
     if came > self._came:
       self._tries, self._came = 0, came
     if self._tries >= TRIES:
-      raise UserError(
+      self.error = UserError(
         f'{self.job.command} ended with {code}, {TRIES} times without a new checkpoint: '
         f'{_last(self.job.log)}'
       )
+      return True
     self._start()
     return False
 
@@ -264,9 +229,20 @@ def _steps(workdir: pathlib.Path) -> list[int]:
 
 def _last(log: pathlib.Path) -> str:
   """What it said at its end: the sentence of a mistake, or the last lines."""
-  lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-  said = [line for line in lines[-3:] if line.startswith('lmjax: ')]
-  return said[-1].removeprefix('lmjax: ') if said else '\n'.join(lines[-12:])
+  return '\n'.join(_said(log) or _lines(log))
+
+
+def _said(log: pathlib.Path) -> list[str]:
+  """The last sentence for the user, and what follows it; nothing where there is none."""
+  lines = _lines(log)
+  at = [i for i, line in enumerate(lines) if line.startswith('lmjax: ')]
+  return [lines[at[-1]].removeprefix('lmjax: '), *lines[at[-1] + 1 :]] if at else []
+
+
+def _lines(log: pathlib.Path) -> list[str]:
+  """The last of what it printed."""
+  text = log.read_text(errors='replace') if log.exists() else ''
+  return [line for line in text.splitlines() if line.strip()][-12:]
 
 
 def results(run: Run) -> dict[str, Any]:

@@ -14,6 +14,13 @@ from lmjax.saving import Saving
 from lmjax.state import TrainState, fresh, init_state
 
 
+def check(config: Mapping[str, Any]) -> None:
+  """Raises a UserError where seeds of this experiment cannot be trained together."""
+  for key in ('on_bad', 'on_spike'):
+    if (action := config['guard'][key]) not in ('stop', ''):
+      raise UserError(f'guard.{key} = "{action}" is decided run by run: without --vmap_seeds')
+
+
 class Seed(contextlib.ExitStack):
   """The run of one seed: what it is made of, and what is written of it."""
 

@@ -32,7 +32,7 @@ from lmjax import (
 )
 from lmjax import config as config_lib
 from lmjax import workdir as workdir_lib
-from lmjax.ablate.seed import Seed
+from lmjax.ablate.seed import Seed, check
 from lmjax.data import loader
 from lmjax.errors import NonFinite, UserError
 from lmjax.evaluate import Evaluator
@@ -81,13 +81,6 @@ def run(
       at.setdefault(one.restore(like), []).append(one)
     for start, together in at.items():
       _train(_Group(start, together), stop)
-
-
-def check(config: Mapping[str, Any]) -> None:
-  """Raises a UserError where seeds of this experiment cannot be trained together."""
-  for key in ('on_bad', 'on_spike'):
-    if (action := config['guard'][key]) not in ('stop', ''):
-      raise UserError(f'guard.{key} = "{action}" is decided run by run: without --vmap_seeds')
 
 
 class _Group:

@@ -85,6 +85,7 @@ def require(config: Mapping[str, Any], path: epath.Path) -> None:
 
 
 def _failures(config: Mapping[str, Any]) -> str:
+  print('trying the oracles on a small twin', flush=True)
   began, findings = time.monotonic(), list(examine(config))
   count = sum(finding.holds is not None for _, finding in findings)
   failed = [line(name, finding) for name, finding in findings if finding.holds is False]
