@@ -88,7 +88,7 @@ def end(number: int) -> NoReturn:
     if any(saves for _, saves in _children):
       code = Restart.exit_code
       say('what is at work saves, and goes on with the same command')
-    for process, saves in _children:
+    for process, saves in list(_children):
       _ask(process, saves)
     until = time.monotonic() + GRACE
     for process, _ in list(_children):

@@ -73,9 +73,12 @@ def check_replicas(state: Any) -> None:
 
 def stopped(path: epath.Path) -> str:
   """Why the numbers of the run in `path` have stopped it; '' where they have not."""
-  events = list(jsonio.read_lines(path / 'events.jsonl'))
-  last = events[-1] if events else {'event': ''}
-  return f'step {last["step"]}: {last["why"]}' if last['event'] == 'stop' else ''
+  events, there = list(jsonio.read_lines(path / 'events.jsonl')), path / 'checkpoints'
+  if not events or events[-1]['event'] != 'stop':
+    return ''
+  step, names = events[-1]['step'], [x.name for x in there.iterdir()] if there.exists() else []
+  later = any(name.isdecimal() and int(name) >= step for name in names)  # it has gone on since
+  return '' if later else f'step {step}: {events[-1]["why"]}'
 
 
 class Guard:
@@ -117,7 +120,8 @@ class Guard:
           raise ValueError(event)
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(f'{file} is no log of events: {e}') from e
-    return events
+    replayed = file != self._file  # where the other has stopped, this one may not have come to
+    return [event for event in events if not (replayed and event['event'] == 'stop')]
 
   def begin(self) -> None:
     """Keeps what is replayed."""

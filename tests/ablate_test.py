@@ -173,6 +173,20 @@ def test_a_metric_that_an_arm_does_not_report_is_said_before_anything_runs(monke
     made.check_metric('eval/valid/xent')
 
 
+def test_arms_of_which_no_number_compares_are_refused_before_anything_runs(monkeypatch, tmp_path):
+  made = ablate.Ablation(QUICK, tmp_path, ['objective.z_loss=0,1e-4'])
+  of = {None: FACTS, 1: FACTS._replace(sets={'validation': 'w'}, sources={'validation': 'x'})}
+  monkeypatch.setattr(fixed, 'of', lambda arm: of[1 if '1e-4' in arm.name else None])
+  monkeypatch.setattr(fixed, 'check', lambda *_: None)
+  made.prove()
+  with pytest.raises(UserError, match=r'share no number .* --config.evaluate.yardstick=64'):
+    made.check_metric('')
+  with pytest.raises(
+    UserError, match='"eval/validation/xent" does not compare: the arms are asked'
+  ):
+    made.check_metric('eval/validation/xent')
+
+
 def test_what_an_arm_reports_is_known_beforehand(parts):
   made = parts('clm', **{'evaluate.yardstick': 2, 'length': 64})
   found = Evaluator(made, sharding.make_mesh())(
@@ -525,6 +539,13 @@ def test_a_mistake_ends_the_ablation(ended, capsys, code, error):
   with pytest.raises(error, match=r'not run to the end: label=a'):
     ended(code)
   assert f' ended with {code}: the loss is not finite\n' in capsys.readouterr().err
+
+
+def test_a_run_that_leaves_without_an_end_is_no_success(ended, capsys, monkeypatch):
+  monkeypatch.setattr(runs.Run, 'outcome', lambda _: ('unfinished', ''))
+  with pytest.raises(RuntimeError, match='not run to the end: label=a'):
+    ended(0)
+  assert 'has left some of its runs unfinished' in capsys.readouterr().err
 
 
 def test_a_run_without_progress_ends_the_ablation(ended, capsys):

@@ -189,7 +189,7 @@ def inputs_are_lost(patch):
 
 def the_step_goes_uphill(patch):
   schedule = optimizer.Optimizer.schedule_fn
-  turned = lambda self, steps: lambda count: -schedule(self, steps)(count)
+  turned = lambda self, *given: lambda count: -schedule(self, *given)(count)
   patch.setattr(optimizer.Optimizer, 'schedule_fn', turned)
 
 

@@ -493,3 +493,21 @@ def test_sections_say_what_can_be_done():
     c.guard[key] = value
     with pytest.raises(errors.UserError, match=f'guard.{key} = "?{value}'):
       guard.check(c)
+
+
+@pytest.mark.parametrize(
+  ('events', 'saved', 'why'),
+  [
+    ([], [], ''),
+    (['stop'], [], 'step 9: it is nan'),
+    (['skip', 'stop'], [3, 8], 'step 9: it is nan'),
+    (['stop', 'skip'], [3], ''),
+    (['stop'], [3, 12], ''),  # somebody has started it again, and it came further
+  ],
+)
+def test_what_is_known_to_have_been_stopped(tmp_path, events, saved, why):
+  made = [{'event': event, 'step': 9, 'batch': 9, 'why': 'it is nan'} for event in events]
+  (tmp_path / 'events.jsonl').write_text(''.join(json.dumps(event) + '\n' for event in made))
+  for step in saved:
+    (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True)
+  assert guard.stopped(epath.Path(tmp_path)) == why

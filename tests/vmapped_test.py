@@ -84,7 +84,8 @@ def test_each_is_what_it_is_alone(tiny, tmp_path, name):
 def test_each_learning_rate_is_what_it_is_alone(tiny, tmp_path):
   own = {'optimizer.weight_decay': 0.1, 'optimizer.clip': 1.0, 'steps': 4}
   rates = {rate: tmp_path / str(rate) for rate in (1e-2, 3e-3)}
-  vmapped.run(tiny('clm', **own), [0, 1], rates)
+  vmapped.run(tiny('clm', **own), [0, 1], [*rates.items(), (1e-2, tmp_path / 'again')])
+  assert (tmp_path / 'again' / '1' / 'result.json').exists()
   for rate, seed in ((1e-2, 1), (3e-3, 0)):
     c = tiny('clm', **own, **{'optimizer.lr': rate})
     train.run({**c, 'seed': seed}, tmp_path / 'alone' / str(rate))
@@ -180,7 +181,10 @@ def test_time_is_shared(pair, tmp_path, monkeypatch, capsys):
 
 
 MISTAKES = {
-  'decisions': ({'guard.on_bad': 'skip'}, 'guard.on_bad = "skip" is decided run by run'),
+  'decisions': (
+    {'guard.on_bad': 'skip'},
+    'guard.on_bad = "skip" is decided run by run: without --vmap',
+  ),
   'many devices': ({}, 'on one device, and here are 8: --parallel=8 lets arms share them'),
 }
 

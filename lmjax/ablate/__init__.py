@@ -5,6 +5,7 @@ value of each parameter that arms share, so that differences are taken seed by s
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from lmjax.ablate import fixed, markdown, matching, page, report, runs, seed, sl
 from lmjax.ablate.arms import Arm
 from lmjax.ablate.fixed import Facts
 from lmjax.ablate.runs import Job, Run
+from lmjax.ablate.slots import Slot
 from lmjax.config import did_you_mean
 from lmjax.errors import UserError
 from lmjax.sweep import Overrides
@@ -79,6 +81,11 @@ class Ablation:
     self.seeds = list(range(first, first + seeds))
     self._asked = asked
 
+  @functools.cached_property
+  def places(self) -> list[Slot]:
+    """The shares of this machine; a UserError where it does not divide."""
+    return slots.slots(self.parallel)
+
   def prove(self) -> list[str]:
     """Makes the data, solves for steps, and says what is the same in all arms.
 
@@ -111,10 +118,12 @@ class Ablation:
     return self.lines
 
   def check_metric(self, metric: str) -> None:
-    """Raises a UserError where an arm does not report what is to be compared; '' is left open."""
+    """Raises a UserError where an arm does not report it, or it, or with '' nothing, compares."""
     for arm, facts in zip(self.arms, self.facts, strict=True):
       if metric and metric not in facts.metrics:
         raise UserError(f'{arm.name} does not report {metric}{did_you_mean(metric, facts.metrics)}')
+    shared = set.intersection(*(set(facts.metrics) for facts in self.facts))
+    report.chosen(metric, fixed.comparable(self.facts, self.named, shared), self.facts)
 
   def _kept(self) -> dict[str, Any] | None:
     path = self.directory / 'ablation.json'
@@ -179,13 +188,13 @@ class Ablation:
     print(f'measuring a step of {arm.name}', flush=True)
     shutil.rmtree(where, ignore_errors=True)  # of an attempt that came no further
     run = Run(probe, self.seeds[0], where, first=False)
-    for _ in runs.work([run], slots.slots(self.parallel)[:1]):
+    for _ in runs.work([run], self.places[:1]):
       pass
     return runs.seconds_of_a_step(run)
 
   def work(self) -> Iterator[Run]:
     """Runs what is not finished; yields each run that comes to its end."""
-    yield from runs.work(self.jobs(), slots.slots(self.parallel))
+    yield from runs.work(self.jobs(), self.places)
 
   def jobs(self) -> list[Job]:
     """What processes have to do until all runs have come to their end."""

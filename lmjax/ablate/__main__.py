@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from lmjax import ablate, command, hardware
 from lmjax.ablate import budget
 from lmjax.errors import UserError
+from lmjax.terminal import say
 
 LAUNCH = ('here', 'print', 'none')
 
@@ -48,6 +49,12 @@ def main() -> None:
   vmap = 'lr' if f.vmap_lr else 'seeds' if f.vmap_seeds else ''
   how = f.seeds, f.match, f.may_move, vmap, f.parallel, given
   made = ablate.Ablation(spec, f.workdir, f.vary, *how)
+  if f.launch == 'none' and not made.begun:
+    raise UserError(f'{made.directory} holds no ablation yet')
+  if f.plan and made.match == 'time' and not made.begun:
+    raise UserError('--match=time is measured, and nothing is run with --plan')
+  if f.launch == 'here' and not f.plan:
+    assert made.places  # a machine that does not divide is said before data are made
   with contextlib.redirect_stdout(sys.stderr if f.launch == 'print' else sys.stdout):
     print('\n'.join(made.prove()), flush=True)
   made.check_metric(f.metric)
@@ -55,18 +62,21 @@ def main() -> None:
     entries = budget.plans(made.arms, f.plan)
     print('\n'.join(budget.lines(made.arms, entries, f.seeds, f.price_per_hour)))
     return
-  if f.launch == 'none' and not made.begun:
-    raise UserError(f'{made.directory} holds no ablation yet')
   made.keep()
   left = made.jobs()
-  if f.launch == 'print' and left:
-    print('\n'.join(job.command for job in left))
+  if f.launch == 'print':
+    print(''.join(job.command + '\n' for job in left), end='')
     return
   try:
     if f.launch == 'here':
       work(made, len(made.runs) - sum(len(job.runs) for job in left))
-  finally:  # where a run has ended with a mistake, the others have something to say all the same
-    report(made)
+  except Exception:  # where one arm ends with a mistake, the others have something to say
+    try:
+      report(made)
+    except UserError as e:
+      say(str(e))
+    raise
+  report(made)
 
 
 def work(made: ablate.Ablation, done: int) -> None:

@@ -54,7 +54,7 @@ def collect(
   for name in shared:
     if not all(name in one for one in reported):
       shared[name] = shared[name] or 'not every run has it'
-  metric = _metric(metric, shared, facts)
+  metric = chosen(metric, shared, facts)
   for one in told.values():
     _judge(one, metric)
   kind = metric.rpartition('/')[2]
@@ -120,7 +120,12 @@ def _has(run: Mapping[str, Any]) -> bool:
   return run['status'] == 'finished' and run['value'] is not None
 
 
-def _metric(asked: str, shared: Mapping[str, str], facts: Sequence[Facts]) -> str:
+def chosen(asked: str, shared: Mapping[str, str], facts: Sequence[Facts]) -> str:
+  """The metric that was asked for, or the first that compares of those that are `shared`.
+
+  Raises:
+    UserError: it does not compare, or none does.
+  """
   if asked and not shared:  # nothing is finished
     return asked
   if asked:
@@ -137,7 +142,10 @@ def _metric(asked: str, shared: Mapping[str, str], facts: Sequence[Facts]) -> st
   found = next((name for name in wanted if shared.get(name) == ''), '')
   if not found:
     why = '; '.join(f'{name}: {why}' for name, why in shared.items())
-    raise UserError(f'the arms share no number by which they could be compared ({why})')
+    raise UserError(
+      f'the arms share no number by which they could be compared ({why}); with the same tokenizer '
+      '--config.evaluate.yardstick=64 gives them one'
+    )
   return found
 
 

@@ -24,6 +24,7 @@ from lmjax.terminal import say
 
 TRIES = 5  # starts without a new checkpoint, before a run is given up
 POLL = 0.2  # seconds
+SEEDS = 'seeds.log'  # beside the seeds that are trained together
 LEAVES = 60  # seconds that a run may take to save when its ablation is gone
 
 
@@ -60,7 +61,7 @@ class Run:
       return 'finished', ''
     if why := guard.stopped(epath.Path(self.workdir)):
       return 'diverged', why
-    said = _said(self.log)
+    said = _said(self.log) or _said(self.workdir.with_name(SEEDS))
     return 'unfinished', said[0] if said else 'it has not come to its end yet'
 
 
@@ -92,7 +93,7 @@ class Together:
 
   @property
   def log(self) -> pathlib.Path:
-    return self.runs[0].workdir.with_name('seeds.log')
+    return self.runs[0].workdir.with_name(SEEDS)
 
 
 Job = Run | Together  # what a process does
@@ -198,6 +199,8 @@ class _Try:
       return False
     self._held.close()
     if code in (0, NonFinite.exit_code):
+      if any(run.outcome()[0] == 'unfinished' for run in self.job.runs):
+        self.error = RuntimeError(f'{self.job.command} has left some of its runs unfinished')
       return True
     if code > 0 and code != Restart.exit_code:
       said = f'{self.job.command} ended with {code}: {_last(self.job.log)}'

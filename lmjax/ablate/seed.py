@@ -18,7 +18,7 @@ def check(config: Mapping[str, Any]) -> None:
   """Raises a UserError where seeds of this experiment cannot be trained together."""
   for key in ('on_bad', 'on_spike'):
     if (action := config['guard'][key]) not in ('stop', ''):
-      raise UserError(f'guard.{key} = "{action}" is decided run by run: without --vmap_seeds')
+      raise UserError(f'guard.{key} = "{action}" is decided run by run: without --vmap')
 
 
 class Seed(contextlib.ExitStack):

@@ -11,6 +11,7 @@ rounding, the numbers that it has alone; either may take up what the other began
 
 import contextlib
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,11 +45,11 @@ Path = str | pathlib.Path
 
 
 def run(
-  config: Mapping[str, Any], seeds: Sequence[int], workdir: Path | Mapping[float, Path]
+  config: Mapping[str, Any], seeds: Sequence[int], workdir: Path | Sequence[tuple[float, Path]]
 ) -> None:
   """Trains the seeds that are not finished, in `workdir`/<seed>.
 
-  `workdir` may be one for each of several learning rates: then each seed is trained with each.
+  `workdir` may be pairs of a learning rate and its directory: then each seed is trained with each.
   A seed that its numbers stop is left out of what follows.  The oracles of lmjax.check are tried
   with the first seed.
 
@@ -59,10 +60,11 @@ def run(
   offload.allow()
   c = config_lib.resolve(config)
   check(c)
-  places = workdir if isinstance(workdir, Mapping) else {c['optimizer']['lr']: workdir}
+  whole = isinstance(workdir, str | os.PathLike)
+  places = [(c['optimizer']['lr'], workdir)] if whole else workdir
   with stopping.Stop() as stop, contextlib.ExitStack() as held:
     todo = []
-    for seed, (lr, where) in itertools.product(seeds, places.items()):
+    for seed, (lr, where) in itertools.product(seeds, places):
       own = {**c, 'seed': seed, 'check': c['check'] and seed == seeds[0]}
       own['optimizer'] = {**c['optimizer'], 'lr': lr}
       path = experiment.run_path(pathlib.Path(where) / str(seed))
@@ -241,7 +243,7 @@ def main() -> None:
     raise UserError(f'--seeds={",".join(f.seeds)} are no numbers')
   if len(f.workdir) != max(1, len(f.lr)):
     raise UserError('name as many --workdir DIR as --lr, or one without')
-  where = dict(zip(f.lr, f.workdir, strict=True)) if f.lr else f.workdir[0]
+  where = list(zip(f.lr, f.workdir, strict=True)) if f.lr else f.workdir[0]
   run(f.config, [int(seed) for seed in f.seeds], where)
 
 
