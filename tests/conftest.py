@@ -18,6 +18,7 @@ import atexit
 import pathlib
 import random
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -51,6 +52,19 @@ def documents(n: int, seed: int = 0) -> list[str]:
   rng = random.Random(seed)
   sentence = lambda: ' '.join(rng.choices(WORDS, k=rng.randint(3, 9))).capitalize() + '.'
   return [' '.join(sentence() for _ in range(rng.randint(3, 12))) + ' Café.' for _ in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def heard():
+  """What is begun under nohup, or in the background of a script, would not hear of these."""
+  default = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+  before = {number: signal.getsignal(number) for number in default}
+  ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
+  for number in ignored:
+    signal.signal(number, default[number])
+  yield
+  for number in ignored:
+    signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope='session')

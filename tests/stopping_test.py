@@ -24,14 +24,6 @@ from tests.train_test import as_file, assert_same_run, lines
 ASKED = {'log.every': 5, 'checkpoint.every': 4, 'evaluate.every': 6, 'steps': 12}
 
 
-@pytest.fixture(autouse=True)
-def heard():
-  """Where the tests are run under nohup, they and what they start would not hear of SIGHUP."""
-  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-  yield
-  signal.signal(signal.SIGHUP, before)
-
-
 def after(monkeypatch, owner, name, calls, act):
   """`act` after so many calls of a method."""
   method, count = getattr(owner, name), [0]
