@@ -561,7 +561,8 @@ def collected(tmp_path):
   def collect(values, restarts=(), **about):
     seeds = range(len(next(iter(values.values()))))
     asked = arms.of(QUICK, [f'label={",".join(values)}'])
-    told = {'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1, 'fixed': {}}
+    told = {'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1}
+    told['fixed'] = {'lines': []}
     told |= {'remainders': {arm.name: '' for arm in asked}, **about}
     planned = runs.planned(asked, seeds, tmp_path)
     for run in planned:
@@ -573,7 +574,6 @@ def collected(tmp_path):
       (run.workdir / 'result.json').write_text(json.dumps(result))
       record = {'code': 'a', 'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts]}
       (run.workdir / 'record.json').write_text(json.dumps(record))
-    told['fixed'] = {'lines': []}
     study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned)
     json.dumps(study, allow_nan=False)
     return study

@@ -74,16 +74,15 @@ class Together:
   @property
   def argv(self) -> list[str]:
     """Of Python, behind -m."""
-    arms = dict.fromkeys(run.arm for run in self.runs)
     where = {run.arm: run.workdir.parent for run in self.runs}
     seeds = ','.join(map(str, sorted({run.seed for run in self.runs})))
     check = [] if any(run.first for run in self.runs) else ['--config.check=False']
     own = []
-    for arm in arms:
-      own += [f'--lr={arm.config()["optimizer"]["lr"]}'] if len(arms) > 1 else []
+    for arm in where:
+      own += [f'--lr={arm.config()["optimizer"]["lr"]}'] if len(where) > 1 else []
       own.append(f'--workdir={where[arm]}')
-    arm = next(iter(arms))
-    if len(arms) > 1:
+    arm = self.runs[0].arm
+    if len(where) > 1:
       arm = dataclasses.replace(arm, overrides=_but_lr(arm))
     return ['lmjax.ablate.vmapped', *arm.flags(), f'--seeds={seeds}', *own, *check]
 

@@ -43,7 +43,7 @@ class Seed(contextlib.ExitStack):
     names = fingerprint.named(like.params)
     self.judge = guard.Guard(self.path, self.config, names, self.saving.steps)
     if any(self.judge.counts().values()):
-      raise UserError(f'{self.path} has batches left out, and goes on alone: without --vmap_seeds')
+      raise UserError(f'{self.path} has batches left out, and goes on alone: without --vmap')
     fetch = lambda step: loader.fingerprint(self.data.batch(step - 1))
     with self.clock.of('restore'):
       start, self.state, self.meta = self.saving.restore(like, self.judge, fetch)

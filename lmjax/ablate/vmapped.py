@@ -22,15 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lmjax import (
-  command,
-  experiment,
-  guard,
-  offload,
-  sharding,
-  stopping,
-  train,
-)
+from lmjax import command, experiment, guard, offload, sharding, stopping, train
 from lmjax import config as config_lib
 from lmjax import workdir as workdir_lib
 from lmjax.ablate.seed import Seed, check
