@@ -246,6 +246,8 @@ def test_what_was_decided_is_done_again_where_the_fault_does_not_come_again(
   assert events(tmp_path / 'broken') == [('skip', 5, 4)]
   again = train.run(c, str(tmp_path / 'broken'))
   log = str(tmp_path / 'straight' / 'events.jsonl')
+  with open(log, 'a') as file:  # the end of the other is not this one's
+    file.write('{"event": "stop", "step": 6, "batch": 6, "why": "it was nan"}\n')
   replayed = train.run({**c, 'guard': {**c['guard'], 'replay': log}}, str(tmp_path / 'replayed'))
   assert events(tmp_path / 'replayed') == [('skip', 5, 4)]
   assert f'lmjax: 1 decisions of {log} hold here too' in capsys.readouterr().err
