@@ -349,6 +349,59 @@ def test_what_was_measured_holds_when_it_goes_on(monkeypatch, tmp_path):
   assert proved({4: 0.4, 2: 0.1}) == first
 
 
+TAKEN_UP = {
+  'as it was': (['lr=0.2,0.1'], 'steps', {}, ''),
+  'an arm more': (['lr=0.1,0.2,0.4'], 'steps', {}, ''),
+  'an arm less': (['lr=0.1,0.4'], 'steps', {}, 'which has an arm optimizer.lr=0.2 too: name it'),
+  'another config': (['lr=0.1,0.2,0.4'], 'steps', {'batch': 8}, 'whose arms have other configs'),
+  'matched otherwise': (['lr=0.1,0.2'], 'tokens', {}, 'or are matched otherwise'),
+  'measured': (['lr=0.1,0.2'], 'time', {}, ''),
+  'not measured': (['lr=0.1,0.2,0.4'], 'time', {}, 'without optimizer.lr=0.4, and how long a step'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', TAKEN_UP)
+def test_arms_are_added_and_none_is_taken_away(monkeypatch, tmp_path, name):
+  monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
+  monkeypatch.setattr(ablate.Ablation, '_seconds_of_a_step', lambda self, arm: 0.1)
+  (vary,), match, overrides, wrong = TAKEN_UP[name]
+  before = ablate.Ablation(
+    QUICK, tmp_path, ['optimizer.lr=0.1,0.2'], 1, match if 'measured' in name else ''
+  )
+  before.prove()
+  before.keep()
+  now = ablate.Ablation(QUICK, tmp_path, [f'optimizer.{vary}'], 1, match, overrides=overrides)
+  if wrong:
+    with pytest.raises(UserError) as e:
+      now.prove()
+    assert wrong in str(e.value)
+    return
+  now.prove()
+  now.keep()
+  kept = json.loads((tmp_path / 'ablation.json').read_text())['arms']
+  assert list(kept) == [arm.name for arm in now.arms]
+  there = {run.arm.name: run.workdir for run in before.runs}
+  assert there.items() <= {run.arm.name: run.workdir for run in now.runs}.items()
+
+
+def test_who_adds_to_it_looks_once_more(monkeypatch, tmp_path):
+  monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
+  monkeypatch.setattr(runs.Run, 'outcome', lambda self: ('finished', ''))
+
+  def look(vary: str, seeds: int) -> list[str]:
+    made = ablate.Ablation(QUICK, tmp_path, [f'optimizer.lr={vary}'], seeds)
+    made.prove()
+    made.keep()
+    return made._look()
+
+  assert not look('0.1,0.2', 2)
+  assert not look('0.1,0.2', 2)
+  (said,) = look('0.1,0.2,0.4', 2)
+  assert said.startswith('more was added after a look (2 arms, 2 seeds; 3 arms, 2 seeds): with 2')
+  (said,) = look('0.1,0.2,0.4', 3)
+  assert said.startswith('more was added after a look (2 arms, 2 seeds; 3 arms, 2 seeds; 3 arms, 3')
+
+
 def test_slots_share_the_machine(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -454,11 +507,7 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   for run in more.runs[4:]:  # as if they had run
     shutil.copytree(more.runs[0].workdir, run.workdir)
   (caveat,) = more.study('again')['caveats']
-  assert caveat.startswith('seeds were added after a look (there were 2, 3)')
-  with pytest.raises(
-    UserError, match=r'another ablation .it differs in arms label=three, label=two'
-  ):
-    ablate.Ablation(file, where, ['label=one,three']).prove()
+  assert caveat.startswith('more was added after a look (2 arms, 2 seeds; 2 arms, 3 seeds)')
 
 
 class Process:

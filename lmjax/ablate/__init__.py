@@ -26,8 +26,8 @@ from lmjax.errors import UserError
 from lmjax.sweep import Overrides
 
 LOOKS = (
-  'seeds were added after a look (there were {seeds}): with {count} looks a difference is called '
-  'where there is none up to {count} times as often as alpha says: --alpha can be so much smaller'
+  'more was added after a look ({looks}): with {count} looks a difference is called where there is '
+  'none up to {count} times as often as alpha says: --alpha can be so much smaller'
 )
 PROBE = 12  # steps by which the time of one is measured
 
@@ -113,7 +113,7 @@ class Ablation:
     fixed.check(self.facts, [*self.named, *solved])
     self.lines = fixed.lines(self.facts)
     self._said = self._told()
-    self._check_kept(kept)
+    self._take_up(kept)
     self.runs = runs.planned(self.arms, self.seeds, self.directory)
     return self.lines
 
@@ -144,15 +144,27 @@ class Ablation:
     }
     return json.loads(json.dumps(now))
 
-  def _check_kept(self, before: dict[str, Any] | None) -> None:
-    """The same directory takes up the same ablation; seeds may be added."""
-    self._looks = before.pop('looks', []) if before else []
-    if before and before != self._said:
-      others = sorted(before['arms'].keys() ^ self._said['arms'].keys())
-      what = f'arms {", ".join(others)}' if others else 'the configs or the matching of its arms'
-      raise UserError(
-        f'{self.directory} holds another ablation (it differs in {what}): choose another --workdir'
-      )
+  def _take_up(self, before: dict[str, Any] | None) -> None:
+    """The same directory goes on with the same ablation; seeds may be added, and arms.
+
+    None is taken away: the correction for many comparisons is of all that were made.
+    """
+    self._looks = before['looks'] if before else []
+    if not before:
+      return
+    known, asked = before['arms'], self._said['arms']
+    gone = [name for name in known if name not in asked]
+    changed = [name for name in known if name in asked and known[name] != asked[name]]
+    added = [name for name in asked if name not in known]
+    if gone:
+      wrong = f'which has an arm {gone[0]} too: name it, or'
+    elif changed or before['match'] != self.match:
+      wrong = 'whose arms have other configs or are matched otherwise:'
+    elif added and self.match == 'time':
+      wrong = f'without {added[0]}, and how long a step takes was measured then:'
+    else:
+      return
+    raise UserError(f'{self.directory} holds an ablation {wrong} choose another --workdir')
 
   @property
   def begun(self) -> bool:
@@ -170,13 +182,13 @@ class Ablation:
     jsonio.write(epath.Path(self.directory / 'ablation.json'), {**self._said, 'looks': self._looks})
 
   def _look(self) -> list[str]:
-    """Remembers that these seeds were looked at: who adds some has another chance to err."""
-    if all(run.outcome()[0] != 'unfinished' for run in self.runs):
-      self._looks = sorted({*self._looks, len(self.seeds)})
+    """Remembers how much was looked at: who adds to it has another chance to err."""
+    now = f'{len(self.arms)} arms, {len(self.seeds)} seeds'
+    if now not in self._looks and all(run.outcome()[0] != 'unfinished' for run in self.runs):
+      self._looks.append(now)
       self._write()
     count = len(self._looks)
-    seeds = ', '.join(map(str, self._looks))
-    return [LOOKS.format(seeds=seeds, count=count)] if count > 1 else []
+    return [LOOKS.format(looks='; '.join(self._looks), count=count)] if count > 1 else []
 
   def _seconds_of_a_step(self, arm: Arm) -> float:
     """Measured: a short run on what the runs will have."""

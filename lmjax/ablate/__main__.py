@@ -3,7 +3,7 @@
 python -m lmjax.ablate --config FILE.py[:ARG] --vary KEY=V1,V2 … --seeds N --workdir DIR
     runs each arm with each seed, and writes report.html, report.md and report.json into DIR.
     Without --vary the arms are those of the file's sweep().  The same command again goes on
-    where it was stopped; with more seeds it adds them.  --config.KEY=VALUE is for all arms.
+    where it was stopped, and with more seeds or arms it adds them.  --config.KEY=VALUE is for all.
 
     --launch print prints the commands that are left, for other machines, and --launch none
     reports what has ended by now.
