@@ -493,7 +493,7 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   lines = study['fixed']['lines']
   assert 'batches seen: the same, bit for bit, in 2 of 2 pairs of runs' in lines
   assert lines[-1].endswith('those of the reference in 20 of 20 arrays, in each seed')
-  assert not study['caveats']
+  assert all('did other work too' in said for said in study['caveats'])
   assert comparison['verdict'] in (where / 'report.html').read_text()
   assert comparison['verdict'] in (where / 'report.md').read_text()
 
@@ -506,7 +506,7 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   assert said.stdout.splitlines() == [run.command for run in more.runs[4:]]
   for run in more.runs[4:]:  # as if they had run
     shutil.copytree(more.runs[0].workdir, run.workdir)
-  (caveat,) = more.study('again')['caveats']
+  *_, caveat = more.study('again')['caveats']
   assert caveat.startswith('more was added after a look (2 arms, 2 seeds; 2 arms, 3 seeds)')
 
 
@@ -607,7 +607,7 @@ def test_a_run_without_progress_ends_the_ablation(ended, capsys):
 def collected(tmp_path):
   """collected(values by arm and seed, …) -> the study of runs that have ended so."""
 
-  def collect(values, restarts=(), **about):
+  def collect(values, restarts=(), rates=None, **about):
     seeds = range(len(next(iter(values.values()))))
     asked = arms.of(QUICK, [f'label={",".join(values)}'])
     told = {'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1}
@@ -621,6 +621,10 @@ def collected(tmp_path):
       clock = {'productive': 3600.0, 'input_wait': 0.0}
       result = {'metrics': metrics, 'goodput': clock}
       (run.workdir / 'result.json').write_text(json.dumps(result))
+      if rates:
+        rate = rates[run.arm.overrides['label']][run.seed]
+        line = {'step': 1, 'train/loss': value, 'perf/tokens_per_second': rate}
+        (run.workdir / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
       record = {'code': 'a', 'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts]}
       (run.workdir / 'record.json').write_text(json.dumps(record))
     study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned)
@@ -646,6 +650,15 @@ def test_what_had_changed_when_a_run_went_on_is_said(collected):
   changed = {'code': ['a', 'b'], 'environment.CUDA_VISIBLE_DEVICES': ['0', '1'], 'seed': [1, 1]}
   (caveat,) = collected({'a': [1.0], 'b': [2.0]}, restarts=[{}, changed])['caveats']
   assert caveat == 'code was a, then b where these went on: label=a seed 0, label=b seed 0'
+
+
+@pytest.mark.parametrize(
+  ('fast', 'said'), [(86, []), (88, ['label=a trained on 70 to 88 tokens a'])]
+)
+def test_a_machine_that_does_other_work_is_said(collected, fast, said):
+  rates = {'a': [fast, 70], 'b': [400, 499]}
+  found = collected({'a': [1.0, 1.1], 'b': [2.0, 2.3]}, rates=rates)['caveats']
+  assert [x.partition('other work too: ')[2] for x in found] == [f'{x} second' for x in said]
 
 
 def test_runs_that_share_a_machine_share_its_price(collected):

@@ -27,6 +27,7 @@ UNITS = {
   **dict.fromkeys(HIGHER, ''),
 }
 PLACES = ('CUDA_VISIBLE_DEVICES', 'TPU_VISIBLE_CHIPS')  # which share of the machine a run had
+STEADY = 1.25  # seeds of an arm differ less in their speed where nothing else runs
 SAME = ('code', 'versions', 'machine', 'environment')  # of the records of all runs
 
 
@@ -231,6 +232,7 @@ def _caveats(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
   if stopped:
     said.append(f'stopped by their numbers, and in no mean: {", ".join(stopped)}')
   said += _restarts(told)
+  said += _unsteady(told)
   unfinished = sum(one['status'] == 'unfinished' for one in told.values())
   if unfinished:
     said.append(f'{unfinished} of {len(told)} runs are not finished')
@@ -248,6 +250,23 @@ def _restarts(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
             f'{r.arm.name} seed {r.seed}'
           )
   return [f'{what} where these went on: {", ".join(where)}' for what, where in found.items()]
+
+
+def _unsteady(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+  """Runs of one arm, which do the same work, tell what else the machine did."""
+  rates: dict[str, list[float]] = {}
+  for r, one in told.items():
+    if one['tokens_per_second']:
+      rates.setdefault(r.arm.name, []).append(one['tokens_per_second'])
+  spread = {name: (min(of), max(of)) for name, of in rates.items()}
+  name = max(spread, key=lambda name: spread[name][1] / spread[name][0], default='')
+  if not name or spread[name][1] < STEADY * spread[name][0]:
+    return []
+  slow, fast = spread[name]
+  return [
+    f'times and prices are of a machine that did other work too: {name} trained on {slow:,.0f} to '
+    f'{fast:,.0f} tokens a second'
+  ]
 
 
 def _seen(arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:
