@@ -41,9 +41,8 @@ class Tokenizer:
 
   Attributes: `name`, a key of KINDS; `vocab_size`, V; the special ids `pad, unk, cls, sep, mask`
   (None where a loaded vocabulary has none), `bos` = cls, `eos` = sep; `special` (V,), ids that are
-  no text; `starts_word` (V,), ids that begin a word (special ones do); `opening`, ids that a
-  published one puts before every text, though `encode` does not; `lossless`, whether decode gives
-  back any Unicode text; `fingerprint`, 16 hex digits over all that decides the ids.
+  no text; `starts_word` (V,), ids that begin a word (special ones do); `opening`, ids before a
+  prompt; `lossless`, whether any text comes back; `fingerprint`, 16 hex digits over what decides.
   """
 
   name: str
@@ -99,7 +98,7 @@ class SentencePiece(Tokenizer):
 
   name = 'sentencepiece'
 
-  def __init__(self, model: bytes):
+  def __init__(self, model: bytes, opening: bool = False):
     import sentencepiece
 
     self._sp = sp = sentencepiece.SentencePieceProcessor()
@@ -116,8 +115,10 @@ class SentencePiece(Tokenizer):
     self._block = [sp.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()] if ours else []
     blank = ('▁', '<0x09>', '<0x0A>', '<0x0D>', '<0x20>')
     starts = [p.startswith(blank) or p[:1].isspace() for p in pieces]
-    super().__init__(model, {}, pieces, ids, starts)
+    options = {'opening': True} if opening and not ours and sp.bos_id() >= 0 else {}
+    super().__init__(model, options, pieces, ids, starts)
     self.special[special] = self.starts_word[special] = True
+    self.opening = [sp.bos_id()] if options else ()
     self.lossless = self.decode(self.encode(PROBE)) == PROBE
 
   def encode(self, text: str) -> list[int]:
@@ -197,9 +198,8 @@ class Characters(Tokenizer):
 
 
 class Bytes(Characters):
-  """The bytes of UTF-8 after the five specials; a byte cannot know its left neighbour, so each is a
-  word of its own. Ids that are no UTF-8 decode to U+FFFD.
-  """
+  """The bytes of UTF-8 after the five specials, words all of them, as none knows the one before it.
+  Ids that are no UTF-8 decode to U+FFFD."""
 
   name = 'bytes'
   lossless = True
@@ -219,7 +219,7 @@ class Published(Tokenizer):
 
   name = 'published'
 
-  def __init__(self, model: bytes, size: int = 0):
+  def __init__(self, model: bytes, size: int = 0, opening: bool = False):
     """With so many ids, of which the last may stand for nothing; 0: as many as it has."""
     import tokenizers
 
@@ -239,12 +239,14 @@ class Published(Tokenizer):
     marked = any(piece.startswith('##') for piece in pieces)
     blank = ('Ġ', 'Ċ', 'ĉ', '▁')  # GPT-2's space, line break and tabulator; SentencePiece's space
     starts = [not p.startswith('##') if marked else p.startswith(blank) for p in pieces]
-    super().__init__(model, {'size': len(pieces)}, pieces, map(named, _USUAL), starts)
+    options = {'size': len(pieces)} | ({'opening': True} if opening else {})
+    super().__init__(model, options, pieces, map(named, _USUAL), starts)
     special = [i for i, token in t.get_added_tokens_decoder().items() if token.special]
     self.special[special] = self.starts_word[special] = True
     self.lossless = self.decode(self.encode(PROBE)) == PROBE
     full = t.encode(PROBE)
-    self.opening = full.ids[: full.sequence_ids.index(0)] if 0 in full.sequence_ids else ()
+    begins = full.sequence_ids.index(0) if opening and 0 in full.sequence_ids else 0
+    self.opening = full.ids[:begins]
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(streams.valid(text), add_special_tokens=False).ids

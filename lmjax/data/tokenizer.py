@@ -45,10 +45,13 @@ def sentencepiece(
   vocab_size: int = 8192,  # with specials and 256 bytes; 0 = whatever the file at path holds
   model_type: str = 'bpe',  # bpe | unigram
   sample_megabytes: float = 16.0,  # at most this much text, evenly spread, is trained on
+  opening: bool = False,  # prompts begin with the file's <s>, as weights of others have learned
 ) -> SentencePiece:
   """A lossless vocabulary of BPE or Unigram pieces; equal texts give equal bytes."""
   if path:
-    return _from_file(SentencePiece, path, vocab_size)
+    return _from_file(SentencePiece, path, vocab_size, opening=opening)
+  if opening:
+    raise UserError('tokenizer.opening is of a file that tokenizer.path names')
   if model_type not in ('bpe', 'unigram'):
     hint = did_you_mean(model_type, ('bpe', 'unigram'))
     raise UserError(f'sentencepiece has no model_type "{model_type}"{hint}')
@@ -146,11 +149,12 @@ def published(
   *,
   path: str = '',  # a tokenizer.json as Hugging Face publishes them
   vocab_size: int = 0,  # 0: as many ids as it has; with more, the last stand for nothing
+  opening: bool = False,  # prompts begin as its template says, as weights of others have learned
 ) -> Published:
   """A vocabulary of others: it is loaded, and never trained."""
   if not path:
     raise UserError('tokenizer.path names no tokenizer.json, and a published one is not trained')
-  return _from_file(Published, path, 0, size=vocab_size)
+  return _from_file(Published, path, 0, size=vocab_size, opening=opening)
 
 
 KINDS: dict[str, Callable[..., Tokenizer]] = {

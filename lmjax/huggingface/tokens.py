@@ -31,18 +31,26 @@ def find(directory: epath.Path, vocab_size: int) -> Tokenizer | None:
 def _find(directory: epath.Path, vocab_size: int) -> Tokenizer | None:
   try:
     if (directory / 'tokenizer.json').exists():
-      return Published(jsonio.read_bytes(directory / 'tokenizer.json'), vocab_size)
+      model = jsonio.read_bytes(directory / 'tokenizer.json')
+      return Published(model, vocab_size, opening=True)
     if (directory / 'vocab.txt').exists():
-      return Published(_wordpiece(directory), vocab_size)
+      return Published(_wordpiece(directory), vocab_size, opening=True)
     for names in _MERGES:
       if all((directory / name).exists() for name in names):
-        return Published(_byte_pairs(*(directory / name for name in names)), vocab_size)
+        model = _byte_pairs(*(directory / name for name in names))
+        return Published(model, vocab_size, opening=True)
     for name in _MODELS:
       if (directory / name).exists():
-        return SentencePiece(jsonio.read_bytes(directory / name))
+        opening = _options(directory).get('add_bos_token', True)
+        return SentencePiece(jsonio.read_bytes(directory / name), bool(opening))
   except ValueError as e:
     raise UserError(f'the tokenizer in {directory} cannot be read: {e}') from e
   return None
+
+
+def _options(directory: epath.Path) -> dict[str, Any]:
+  about = directory / 'tokenizer_config.json'
+  return jsonio.read(about) if about.exists() else {}
 
 
 def _wordpiece(directory: epath.Path) -> bytes:
@@ -50,8 +58,7 @@ def _wordpiece(directory: epath.Path) -> bytes:
   from tokenizers import Tokenizer as Made
   from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-  about = directory / 'tokenizer_config.json'
-  options = jsonio.read(about) if about.exists() else {}
+  options = _options(directory)
   pieces = jsonio.read_bytes(directory / 'vocab.txt').decode().rstrip('\n').split('\n')
   ids = {piece.rstrip('\r'): i for i, piece in enumerate(pieces)}
   made = Made(models.WordPiece(ids, unk_token='[UNK]', max_input_chars_per_word=100))

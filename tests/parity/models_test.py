@@ -6,10 +6,8 @@ Weights are drawn wide: with the usual 0.02 a wrong GELU moves BERT's logits by 
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import traverse_util
 
 from lmjax import evaluate, experiment, generate, huggingface, sharding
@@ -152,13 +150,11 @@ def gradients(pair) -> tuple[tuple[float, float], dict[str, tuple]]:
     loss = of_theirs(theirs, given, labels=labels).loss
   loss.backward()
 
+  batch = batch_of(given, targets, chosen, causal=not kind.startswith(('bert', 'roberta')))
+
   def ours(params):
-    apply = lambda method: model.apply({'params': params}, **given, method=method)
-    logits = apply('logits')
-    if not kind.startswith(('bert', 'roberta')):
-      logits = jnp.roll(logits, 1, axis=1)
-    total = cross_entropy(logits[chosen], targets[chosen])
-    return total + cross_entropy(apply('pooled')[1], np.array([0, 1])) if kind == 'bert' else total
+    terms, _ = model.apply({'params': params}, batch, train=False)
+    return sum(term.total / term.weight for term in terms.values())
 
   value, found = jax.value_and_grad(ours)(params)
   named = dict(theirs.named_parameters())
@@ -188,6 +184,23 @@ def gradients(pair) -> tuple[tuple[float, float], dict[str, tuple]]:
   return (float(value), loss.item()), beside
 
 
+def batch_of(given: dict, targets: np.ndarray, chosen: np.ndarray, causal: bool) -> dict:
+  """As our objectives make it: of the same inputs and the targets at the chosen places."""
+  batch = {name.partition('_')[0]: x for name, x in given.items()}
+  if causal:  # the target of a place is the token after it
+    return batch | {
+      'targets': np.roll(targets, -1, axis=1),
+      'weights': np.roll(chosen, -1, axis=1).astype(np.float32),
+    }
+  most = chosen.sum(axis=1).max()
+  places = np.argsort(~chosen, axis=1, kind='stable')[:, :most]
+  at_places = lambda x: np.take_along_axis(x, places, axis=1)
+  pairs = {'pair_places': [[0], [0]], 'pair_targets': [[0], [1]], 'pair_weights': [[1.0], [1.0]]}
+  batch |= {key: np.array(x) for key, x in pairs.items()}
+  weights = at_places(chosen).astype(np.float32)
+  return batch | {'places': places, 'targets': at_places(targets), 'weights': weights}
+
+
 def test_losses_and_gradients_of_every_parameter(pair):
   losses, beside = gradients(pair)
   assert losses[0] == pytest.approx(losses[1], rel=LIMIT)
@@ -199,10 +212,6 @@ class Arrays(dict):
   """As weights.Files."""
 
   names, read = dict.keys, dict.__getitem__
-
-
-def cross_entropy(logits: jax.Array, targets: np.ndarray) -> jax.Array:
-  return -jnp.take_along_axis(nn.log_softmax(logits), targets[:, None], axis=-1).mean()
 
 
 def test_the_likeliest_continuation(pair):
@@ -249,7 +258,8 @@ def test_they_open_what_is_exported(kind, tmp_path):
   huggingface.to_workdir(tmp_path / 'theirs', tmp_path / 'run')
   huggingface.from_workdir(tmp_path / 'run', tmp_path / 'ours')
   again = type(theirs).from_pretrained(tmp_path / 'ours').eval()
-  model, _, _ = huggingface.load(tmp_path / 'ours')
+  (model, first, _), (_, second, _) = (huggingface.load(tmp_path / x) for x in ('theirs', 'ours'))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
   given = inputs(model, kind)
   with torch.no_grad():
     first, second = of_theirs(theirs, given), of_theirs(again, given)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from lmjax.data import tokenizer as made_of
 from lmjax.huggingface import tokens
 from tests.conftest import documents
 from tests.tokenizer_test import NASTY, SPELT
 
 pytest.importorskip('torch', reason="needs pip install -e '.[parity]'")
 transformers = pytest.importorskip('transformers')
+import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 
 TEXTS = [text for text in NASTY.values() if text != SPELT] + documents(3)
@@ -99,11 +101,43 @@ def test_what_opens_a_text(tmp_path, ends, options):
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
   theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), tokens.find(tmp_path, 5)
   assert [*ours.opening, 2, 3, *[1] * (ends == 'both')] == theirs('a b')['input_ids']
+  file = str(tmp_path / 'tokenizer.json')
+  assert not made_of.published(path=file).opening, 'a model of ours has never seen it'
+  assert made_of.published(path=file, opening=True).opening == ours.opening
   (tmp_path / 'again').mkdir()
   tokens.write(ours, tmp_path / 'again')
   again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'again')
   for given in (('a b',), ('a b', 'a')):
     assert again(*given)['input_ids'] == theirs(*given)['input_ids']
+
+
+@pytest.mark.parametrize('opens', [True, False, None])
+def test_a_sentencepiece_model_as_it_is(tmp_path, opens):
+  """Of decoders like Llama, whose options say whether <s> opens a text."""
+  texts = [text.replace('\n', ' ') for text in documents(50) + TEXTS if '\0' not in text]
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_prefix=str(tmp_path / 'tokenizer'),
+    vocab_size=420,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    minloglevel=2,
+  )
+  options = {} if opens is None else {'add_bos_token': opens}
+  about = json.dumps({'tokenizer_class': 'LlamaTokenizer', **options})
+  (tmp_path / 'tokenizer_config.json').write_text(about)
+  ours = tokens.find(tmp_path, 420)
+  assert list(ours.opening) == [1] * (opens is not False), 'it is so where nothing is said'
+  theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+  # Nothing comes before white space there, where sentencepiece itself puts its space.
+  for text in (text for text in TEXTS if text.strip() and not text[0].isspace()):
+    assert ours.encode(text) == ids(theirs, text)
+  if opens is not None:
+    assert [*ours.opening, *ours.encode('a b')] == theirs('a b')['input_ids']
+  kept = made_of.sentencepiece((), path=str(tmp_path / 'tokenizer.model'), vocab_size=0)
+  assert not kept.opening, 'a model of ours has never seen it'
 
 
 def test_they_read_what_is_written(theirs, tmp_path):
