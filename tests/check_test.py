@@ -21,6 +21,7 @@ from lmjax.models import layers, shards, transformer
 from lmjax.models.attention import Mask
 from lmjax.models.positions import Learned
 from lmjax.objectives import clm
+from tests.benchmarks import mutations
 from tests.train_test import as_file
 
 # What the experiments of experiments/, which have a test of their own, leave out.
@@ -371,3 +372,11 @@ def test_the_command(tiny, tmp_path):
   *_, last = got.stdout.splitlines()
   assert last.startswith('all holds that should, of a small twin')
   assert 'the data, the tokenizer and the vocabulary of the run itself were not looked at' in last
+
+
+def test_the_bugs_of_the_campaign_can_still_be_planted():
+  """tests/benchmarks/mutations.py edits the source, which moves on."""
+  for name, bug in mutations.BUGS.items():
+    source = (mutations.ROOT / 'lmjax' / bug.file).read_text()
+    assert source.count(bug.right) == 1, f'{name}: {bug.right} is not once in {bug.file}'
+    assert not bug.test or (mutations.ROOT / 'tests' / f'{bug.test}_test.py').exists()

@@ -238,7 +238,7 @@ BUGS = {
 def caught(bug: Bug, scratch: pathlib.Path) -> str:
   """The oracle or test that fails; '' where none does."""
   source = (ROOT / 'lmjax' / bug.file).read_text()
-  assert source.count(bug.right) >= 1, f'{bug.right} is not in {bug.file}'
+  assert bug.right in source, f'{bug.right} is not in {bug.file}'
   shutil.copytree(ROOT / 'lmjax', scratch / 'lmjax', dirs_exist_ok=True)
   (scratch / 'lmjax' / bug.file).write_text(source.replace(bug.right, bug.wrong))
   (scratch / 'experiment.py').write_text(EXPERIMENT)
@@ -252,10 +252,11 @@ def caught(bug: Bug, scratch: pathlib.Path) -> str:
   )
   got = run('lmjax.check', f'--config={scratch}/experiment.py:{bug.experiment}')
   failed = re.findall(r'^FAILS  (\w+)', got.stdout, re.M)
-  if got.returncode:
-    ends = f'ends with {got.stderr.strip().splitlines()[-1].partition(":")[0]}'
-    return ', '.join(f'`{name}`' for name in failed) or ends
-  if not bug.test:
+  if failed:
+    return ', '.join(f'`{name}`' for name in failed)
+  if got.returncode:  # no oracle has said what is wrong
+    print(got.stderr, file=sys.stderr)
+  if got.returncode or not bug.test:
     return ''
   for name in ('tests', 'experiments', 'setup.cfg', 'pyproject.toml', 'README.md'):
     if not (scratch / name).exists():
