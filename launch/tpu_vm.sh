@@ -105,7 +105,7 @@ attempt() {
   set +m
   wait "$child"
 }
-# shellcheck disable=SC2317 # the trap calls it
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 leave() {
   trap '' INT TERM HUP
   [[ ! $child ]] || kill -TERM -- "-$child" 2> /dev/null || true
@@ -126,6 +126,7 @@ for ((tries = 1; ; tries++)); do
     1 | 75) ;; # 1 is gcloud's
     101) code=1 && break ;;
     255) code=75 ;; # the connection's
+    137 | 143) [[ ${o[spot]} == yes ]] || break ;; # killed, as by a preemption
     *) break ;;
   esac
   [[ ! $began ]] || ((SECONDS - began < o[steady])) || tries=1

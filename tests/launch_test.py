@@ -147,6 +147,17 @@ def test_a_dry_run_shows_what_is_run_and_does_nothing(world, name):
   assert sorted(order(world.calls()), key=key) == sorted(real, key=key) != []
 
 
+@pytest.mark.parametrize(
+  ('name', 'program'), [('gke', 'kubectl'), ('skypilot', 'sky'), ('slurm', 'sbatch')]
+)
+def test_what_is_refused_there_fails_here(world, name, program):
+  script, *options = RUNS[name]
+  world.plan(**{program: [3]})
+  done = world.call(script, *options, '--', 'a')
+  assert done.returncode == 3
+  assert len(world.calls(program)) == 1
+
+
 def expanded(word: str) -> str:
   """What Kubernetes makes of a word of a command; there is no variable that it knows."""
   return re.sub(r'\$\$|\$\(([^)]*)\)', lambda m: '$' if m[0] == '$$' else 'gone', word)
