@@ -122,6 +122,7 @@ FACTS = Facts(
   sets={'validation': 'v'},
   partial=frozenset(),
   windows='w',
+  causal=True,
   metrics=frozenset(['eval/validation/xent', 'eval/validation/bits_per_byte']),
 )
 # What is said to move -> the second arm, a key that can have moved it, and one that cannot.
@@ -212,13 +213,26 @@ def test_a_plan_of_all_seeds():
   ]
 
 
-COMPARABLE = {  # second arm, named -> metrics of those below that compare
-  'a learning rate': ({}, ['optimizer.lr'], {'xent', 'loss', 'bits_per_byte', 'masked_xent'}),
-  'an objective': ({}, ['objective.z_loss'], {'xent', 'bits_per_byte', 'masked_xent'}),
+COMPARABLE = {
+  'what a model sees': (
+    {'causal': False, 'sets': {'validation': 'w'}, 'sources': {'validation': 'c'}},
+    ['variant'],
+    {'masked_xent'},
+  ),  # second arm, named -> metrics of those below that compare
+  'a learning rate': (
+    {},
+    ['optimizer.lr'],
+    {'xent', 'loss', 'bits_per_byte', 'masked_xent', 'pseudo_xent'},
+  ),
+  'an objective': (
+    {},
+    ['objective.z_loss'],
+    {'xent', 'bits_per_byte', 'masked_xent', 'pseudo_xent'},
+  ),
   'other rows': (
     {'sets': {'validation': 'w'}},
     ['objective.rate'],
-    {'bits_per_byte', 'masked_xent'},
+    {'bits_per_byte', 'masked_xent', 'pseudo_xent'},
   ),
   'a tokenizer': (
     {'sets': {'validation': 'w'}, 'tokenizer': 'u'},
@@ -228,7 +242,7 @@ COMPARABLE = {  # second arm, named -> metrics of those below that compare
   'sets of other names': (
     {'sets': {'test': 'v'}, 'sources': {'train': 'a', 'test': 'b'}},
     ['data.eval'],
-    {'masked_xent'},
+    {'masked_xent', 'pseudo_xent'},
   ),
   'other texts': (
     {
@@ -242,12 +256,12 @@ COMPARABLE = {  # second arm, named -> metrics of those below that compare
   'another part': (
     {'sets': {'validation': 'w'}, 'partial': frozenset(['validation'])},
     ['length'],
-    {'masked_xent'},
+    {'masked_xent', 'pseudo_xent'},
   ),
   'the same part': (
     {'partial': frozenset(['validation'])},
     ['optimizer.lr'],
-    {'xent', 'loss', 'bits_per_byte', 'masked_xent'},
+    {'xent', 'loss', 'bits_per_byte', 'masked_xent', 'pseudo_xent'},
   ),
 }
 
@@ -256,7 +270,8 @@ COMPARABLE = {  # second arm, named -> metrics of those below that compare
 def test_which_numbers_compare(name):
   other, named, expected = COMPARABLE[name]
   kinds = ('xent', 'loss', 'bits_per_byte')
-  reported = {*(f'eval/validation/{kind}' for kind in kinds), 'eval/yardstick/masked_xent'}
+  reported = {f'eval/validation/{kind}' for kind in kinds}
+  reported |= {f'eval/yardstick/{kind}_xent' for kind in ('masked', 'pseudo')}
   first = FACTS._replace(partial=other.get('partial', FACTS.partial))
   found = fixed.comparable([first, FACTS._replace(**other)], named, reported)
   assert found.keys() == reported
@@ -386,20 +401,30 @@ def test_arms_are_added_and_none_is_taken_away(monkeypatch, tmp_path, name):
 
 def test_who_adds_to_it_looks_once_more(monkeypatch, tmp_path):
   monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
-  monkeypatch.setattr(runs.Run, 'outcome', lambda self: ('finished', ''))
+  ended = lambda run: run.seed < done
+  outcome = lambda run: ('finished' if ended(run) else 'unfinished', '')
+  monkeypatch.setattr(runs.Run, 'outcome', outcome)
 
-  def look(vary: str, seeds: int) -> list[str]:
+  def look(vary: str, seeds: int, metric: str = 'xent') -> list[str]:
     made = ablate.Ablation(QUICK, tmp_path, [f'optimizer.lr={vary}'], seeds)
     made.prove()
     made.keep()
-    return made._look()
+    return made._look(metric)
 
+  done = 1
+  assert not look('0.1,0.2', 3), 'of one seed there is no verdict'
+  done = 2
+  assert not look('0.1,0.2', 3)
   assert not look('0.1,0.2', 2)
-  assert not look('0.1,0.2', 2)
-  (said,) = look('0.1,0.2,0.4', 2)
-  assert said.startswith('more was added after a look (2 arms, 2 seeds; 3 arms, 2 seeds): with 2')
+  for asked, count in (('0.1,0.2,0.4', 2, 'xent'), 2), (('0.1,0.2,0.4', 2, 'loss'), 3):
+    (said,) = look(*asked)
+    assert said.startswith(
+      f'there were {count} looks (2 arms, 2 seeds, xent; 3 arms, 2 seeds, xent'
+    )
+  done = 3
   (said,) = look('0.1,0.2,0.4', 3)
-  assert said.startswith('more was added after a look (2 arms, 2 seeds; 3 arms, 2 seeds; 3 arms, 3')
+  assert said.startswith('there were 4 looks (')
+  assert '; 3 arms, 3 seeds, xent), with' in said
 
 
 def test_slots_share_the_machine(monkeypatch):
@@ -507,7 +532,9 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   for run in more.runs[4:]:  # as if they had run
     shutil.copytree(more.runs[0].workdir, run.workdir)
   *_, caveat = more.study('again')['caveats']
-  assert caveat.startswith('more was added after a look (2 arms, 2 seeds; 2 arms, 3 seeds)')
+  assert caveat.startswith(
+    'there were 2 looks (2 arms, 2 seeds, eval/valid/xent; 2 arms, 3 seeds, '
+  )
 
 
 class Process:
@@ -607,19 +634,28 @@ def test_a_run_without_progress_ends_the_ablation(ended, capsys):
 def collected(tmp_path):
   """collected(values by arm and seed, …) -> the study of runs that have ended so."""
 
-  def collect(values, restarts=(), rates=None, **about):
+  def collect(
+    values, restarts=(), rates=None, clocks=(), decisions=(), astray=(), metric='', **about
+  ):
+    clocks, decisions = dict(clocks), dict(decisions)
     seeds = range(len(next(iter(values.values()))))
     asked = arms.of(QUICK, [f'label={",".join(values)}'])
-    told = {'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1}
+    told = {'match': 'steps', 'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1}
     told['fixed'] = {'lines': []}
     told |= {'remainders': {arm.name: '' for arm in asked}, **about}
     planned = runs.planned(asked, seeds, tmp_path)
     for run in planned:
       run.workdir.mkdir(parents=True)
       value = values[run.arm.overrides['label']][run.seed]
-      metrics = {'eval/validation/xent': value, 'eval/validation/loss': value}
-      clock = {'productive': 3600.0, 'input_wait': 0.0}
-      result = {'metrics': metrics, 'goodput': clock}
+      names = ('validation/xent', 'validation/loss', 'yardstick/masked_xent')
+      metrics = {f'eval/{name}': value for name in names}
+      clock = {'productive': 3600.0, 'input_wait': 0.0, 'evaluate': 360.0, 'down': 1e6, 'wall': 1e7}
+      clock |= clocks.get(run.arm.overrides['label'], {})
+      skips = decisions.get(run.arm.overrides['label'], 0)
+      result = {'metrics': metrics, 'goodput': clock, 'decisions': {'skip': skips, 'roll_back': 0}}
+      seen = run.workdir.parts[-2:] if run.seed in astray else run.seed
+      line = json.dumps({'step': 1, 'hash': str(seen)})
+      (run.workdir / 'ledger.jsonl').write_text(line + '\n')
       (run.workdir / 'result.json').write_text(json.dumps(result))
       if rates:
         rate = rates[run.arm.overrides['label']][run.seed]
@@ -627,7 +663,7 @@ def collected(tmp_path):
         (run.workdir / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
       record = {'code': 'a', 'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts]}
       (run.workdir / 'record.json').write_text(json.dumps(record))
-    study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned)
+    study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned, metric)
     json.dumps(study, allow_nan=False)
     return study
 
@@ -663,7 +699,38 @@ def test_a_machine_that_does_other_work_is_said(collected, fast, said):
 
 def test_runs_that_share_a_machine_share_its_price(collected):
   study = collected({'a': [1.0], 'b': [2.0]}, price_per_hour=8.0, parallel=4)
-  assert [arm['price'] for arm in study['arms']] == [2.0, 2.0]
+  assert [arm['price'] for arm in study['arms']] == [2.2, 2.2], 'evaluations are paid for too'
+
+
+CAVEATS = {
+  'batches': (dict(astray=[1]), 'in 1 of 2 pairs runs have seen other batches, which nothing'),
+  'time': (
+    dict(match='time', clocks={'b': {'productive': 3300.0}}),
+    'arms are matched by time, and label=b has trained 8% less',
+  ),
+  'guard': (
+    dict(decisions={'b': 1}),
+    'the guard has left batches out that others have seen: label=b seed 0, label=b seed 1',
+  ),
+  'yardstick': (
+    dict(metric='eval/yardstick/masked_xent'),
+    'eval/yardstick/masked_xent is of 0 windows of 62 tokens: what another text would say is in no',
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', CAVEATS)
+def test_what_has_to_be_read_before_a_verdict(collected, name):
+  how, said = CAVEATS[name]
+  (caveat,) = collected({'a': [1.0, 1.1], 'b': [2.0, 2.3]}, **how)['caveats']
+  assert caveat.startswith(said)
+
+
+def test_nothing_need_be_read_before_a_verdict(collected):
+  close = {'b': {'productive': 3500.0}}
+  study = collected({'a': [1.0, 1.1], 'b': [2.0, 2.3]}, match='time', clocks=close)
+  assert not study['caveats']
+  assert 'batches seen: the same, bit for bit, in 2 of 2 pairs of runs' in study['fixed']['lines']
 
 
 def test_an_ablation_is_kept_on_a_disk_and_in_no_run(tmp_path):

@@ -89,6 +89,7 @@ FLOORS = [
         'ablate.vmapped',
         'ablate.slots',
         'ablate.runs',
+        'ablate.caveats',
         'ablate.report',
         'ablate',
         'ablate.budget',

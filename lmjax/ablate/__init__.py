@@ -26,8 +26,8 @@ from lmjax.errors import UserError
 from lmjax.sweep import Overrides
 
 LOOKS = (
-  'more was added after a look ({looks}): with {count} looks a difference is called where there is '
-  'none up to {count} times as often as alpha says: --alpha can be so much smaller'
+  'there were {count} looks ({looks}), with which a difference is called where there is none up to '
+  '{count} times as often as alpha says: --alpha can be so much smaller'
 )
 PROBE = 12  # steps by which the time of one is measured
 
@@ -181,10 +181,12 @@ class Ablation:
   def _write(self) -> None:
     jsonio.write(epath.Path(self.directory / 'ablation.json'), {**self._said, 'looks': self._looks})
 
-  def _look(self) -> list[str]:
-    """Remembers how much was looked at: who adds to it has another chance to err."""
-    now = f'{len(self.arms)} arms, {len(self.seeds)} seeds'
-    if now not in self._looks and all(run.outcome()[0] != 'unfinished' for run in self.runs):
+  def _look(self, metric: str) -> list[str]:
+    """Remembers what was looked at: who adds to it or asks otherwise has another chance to err."""
+    left = {run.seed for run in self.runs if run.outcome()[0] == 'unfinished'}
+    seeds = len(self.seeds) - len(left)
+    now = f'{len(self.arms)} arms, {seeds} seeds, {metric}'
+    if now not in self._looks and seeds > 1:
       self._looks.append(now)
       self._write()
     count = len(self._looks)
@@ -235,7 +237,7 @@ class Ablation:
       'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
     }
     study = report.collect(about, self.arms, self.facts, self.runs, metric, margin)
-    study['caveats'] += self._look()
+    study['caveats'] += self._look(study['metric'])
     for name, text in (
       ('report.json', json.dumps(study, indent=1) + '\n'),
       ('report.md', markdown.render(study)),

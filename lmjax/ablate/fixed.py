@@ -36,6 +36,7 @@ class Facts(NamedTuple):
   sets: dict[str, str]  # name of an evaluation set -> fingerprint of its rows as a model sees them
   partial: frozenset[str]  # sets of which evaluate.batches leave some rows out
   windows: str  # fingerprint of those of the yardstick; '' without it
+  causal: bool  # sees what stands before a token, and not what follows
   metrics: frozenset[str]  # what its evaluation reports
 
   @property
@@ -71,6 +72,7 @@ def of(arm: Arm) -> Facts:
     sets={name: _rows(parts.examples(name), most) for name in sets},
     partial=frozenset(name for name in sets if len(parts.examples(name)) > most),
     windows=_digest(yardstick.rows(parts).windows) if c['evaluate'][yardstick.NAME] else '',
+    causal=parts.objective.causal,
     metrics=frozenset(_reported(parts)),
   )
 
@@ -148,7 +150,7 @@ def _order(facts: Sequence[Facts]) -> str:
 
 def comparable(facts: Sequence[Facts], named: Sequence[str], reported: set[str]) -> dict[str, str]:
   """Metric -> '' where its numbers compare between the arms, or else why they do not."""
-  objective, found = _other_objective(named), {}
+  objective, found = other_objective(named), {}
   differ = lambda values: len(set(values)) > 1
   for metric in sorted(reported):
     name, _, kind = metric.removeprefix('eval/').rpartition('/')
@@ -158,6 +160,8 @@ def comparable(facts: Sequence[Facts], named: Sequence[str], reported: set[str])
         why = 'the arms have tokenizers of their own'
       elif differ(one.windows for one in facts):
         why = 'it is of other texts'
+      elif kind.startswith('pseudo_') and differ(one.causal for one in facts):
+        why = 'of models that see what stands before it is a likelihood, of others none'
     elif kind == 'bits_per_byte':
       if differ(one.sources.get(name) for one in facts):
         why = 'it is of other texts'
@@ -177,10 +181,11 @@ def training(facts: Sequence[Facts], named: Sequence[str]) -> str:
     return 'the arms have tokenizers of their own'
   if any(one.rows != facts[0].rows for one in facts):
     return 'the arms read other rows'
-  return OTHER if _other_objective(named) else ''
+  return OTHER if other_objective(named) else ''
 
 
-def _other_objective(named: Sequence[str]) -> bool:
+def other_objective(named: Sequence[str]) -> bool:
+  """Whether what is minimised, or made of a text, may be another."""
   return any(key == 'variant' or key.split('.')[0] == 'objective' for key in named)
 
 

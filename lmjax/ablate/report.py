@@ -1,34 +1,25 @@
 """What an ablation has found: collected from the directories of its runs into one JSON object."""
 
 import dataclasses
-import json
 import math
 import statistics as numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmjax import record, yardstick
-from lmjax.ablate import fixed, statistics
+from lmjax.ablate import caveats, fixed, statistics
 from lmjax.ablate.arms import Arm
+from lmjax.ablate.caveats import PLACES, SAME
 from lmjax.ablate.fixed import Facts
 from lmjax.ablate.runs import Run, results
 from lmjax.errors import UserError
 
-HIGHER = (
-  'accuracy',
-  'mlm_accuracy',
-  'nsp_accuracy',
-  'masked_accuracy',
-)  # are better the higher they are
+HIGHER = 'accuracy'  # what ends so is better the higher it is
 UNITS = {
   'bits_per_byte': 'bits per byte',
   'pseudo_bits_per_byte': 'bits per byte',
   'perplexity': '',
-  **dict.fromkeys(HIGHER, ''),
 }
-PLACES = ('CUDA_VISIBLE_DEVICES', 'TPU_VISIBLE_CHIPS')  # which share of the machine a run had
-STEADY = 1.25  # seeds of an arm differ less in their speed where nothing else runs
-SAME = ('code', 'versions', 'machine', 'environment')  # of the records of all runs
 
 
 def collect(
@@ -66,13 +57,14 @@ def collect(
   reference = [*values[arms[0].name].values()]
   if margin is None:
     margin = float(f'{0.005 * abs(numbers.fmean(reference)):.2g}') if reference else 0.0
-  unit = UNITS.get(kind, 'nats')
+  unit = '' if kind.endswith(HIGHER) else UNITS.get(kind, 'nats')
   about = {**about, 'metric': metric, 'unit': unit, 'margin': margin}
-  about['lower_is_better'] = kind not in HIGHER
+  about['lower_is_better'] = not kind.endswith(HIGHER)
   alpha, power = about['alpha'], about['power']
   found = statistics.compare(
     values, metric, unit, about['lower_is_better'], margin, alpha=alpha, power=power
   )
+  seen = caveats.seen(arms, facts, runs)
   return {
     **about,
     'arms': [
@@ -81,9 +73,9 @@ def collect(
     ],
     'comparable': {**shared, 'train/loss': fixed.training(facts, named)},
     'comparisons': [_said(dataclasses.asdict(comparison), told) for comparison in found],
-    'fixed': {**about['fixed'], 'lines': about['fixed']['lines'] + _seen(arms, runs)},
+    'fixed': {**about['fixed'], 'lines': about['fixed']['lines'] + seen.lines},
     'noise': statistics.noise(values, alpha, power),
-    'caveats': _caveats(told),
+    'caveats': [*caveats.of(told, about, arms), *seen.caveats],
     'curves': {
       arm.name: {
         str(r.seed): _curve(r, one.flops / one.tokens, one.tokens) for r in runs if r.arm == arm
@@ -154,7 +146,7 @@ def _run(run: Run) -> dict[str, Any]:
   status, why = run.outcome()
   made = {'seed': run.seed, 'workdir': str(run.workdir), 'status': status, 'why': why}
   made |= {'command': run.command, 'metrics': {}, 'value': None, 'seconds': None}
-  made |= {'tokens_per_second': None, 'record': {}, 'restarts': []}
+  made |= {'paid': None, 'tokens_per_second': None, 'decisions': {}, 'record': {}, 'restarts': []}
   if (run.workdir / 'record.json').exists():
     written = record.read(run.workdir, 'record.json')
     made['record'] = {key: written.get(key) for key in SAME}
@@ -165,6 +157,8 @@ def _run(run: Run) -> dict[str, Any]:
     result = results(run)
     made['metrics'] = {key: x for key, x in result['metrics'].items() if key.startswith('eval/')}
     made['seconds'] = result['goodput']['productive'] + result['goodput']['input_wait']
+    made['paid'] = sum(x for kind, x in result['goodput'].items() if kind not in ('wall', 'down'))
+    made['decisions'] = result['decisions']
     rates = [x['perf/tokens_per_second'] for x in _lines(run) if 'perf/tokens_per_second' in x]
     made['tokens_per_second'] = numbers.median(rates) if rates else None
   return made
@@ -179,7 +173,7 @@ def _arm(
 ) -> dict[str, Any]:
   values = [run['value'] for run in runs if _has(run)]
   mean = lambda key: _mean([run[key] for run in runs if run[key] is not None])
-  seconds, price = mean('seconds'), about['price_per_hour']
+  paid, price = mean('paid'), about['price_per_hour']
   return {
     'name': arm.name,
     'overrides': arm.overrides,
@@ -194,8 +188,8 @@ def _arm(
     'mean': _mean(values),
     'deviation': numbers.stdev(values) if len(values) > 1 else None,
     'tokens_per_second': mean('tokens_per_second'),
-    'seconds': seconds,
-    'price': None if None in (price, seconds) else price / about['parallel'] * seconds / 3600,
+    'seconds': mean('seconds'),
+    'price': None if None in (price, paid) else price / about['parallel'] * paid / 3600,
     'runs': list(runs),
   }
 
@@ -219,80 +213,3 @@ def _curve(run: Run, flops_per_token: float, tokens: int) -> dict[str, list[floa
     'seconds': seconds,
     'loss': [x['train/loss'] for x in lines],
   }
-
-
-def _caveats(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-  said = []
-  written = [one['record'] for one in told.values() if one['record']]
-  for key in SAME:
-    found = {json.dumps(one[key], sort_keys=True): None for one in written}
-    if len(found) > 1:
-      said.append(f'not all runs had the same {key}: {"; ".join(found)}')
-  stopped = [f'{r.arm.name} seed {r.seed}' for r, x in told.items() if x['status'] == 'diverged']
-  if stopped:
-    said.append(f'stopped by their numbers, and in no mean: {", ".join(stopped)}')
-  said += _restarts(told)
-  said += _unsteady(told)
-  unfinished = sum(one['status'] == 'unfinished' for one in told.values())
-  if unfinished:
-    said.append(f'{unfinished} of {len(told)} runs are not finished')
-  return said
-
-
-def _restarts(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-  """What had changed where runs were taken up again."""
-  found: dict[str, list[str]] = {}
-  for r, one in told.items():
-    for changed in one['restarts']:
-      for key, (before, now) in changed.items():
-        if key.split('.')[0] in SAME and key.split('.')[-1] not in PLACES:
-          found.setdefault(f'{key} was {before}, then {now}', []).append(
-            f'{r.arm.name} seed {r.seed}'
-          )
-  return [f'{what} where these went on: {", ".join(where)}' for what, where in found.items()]
-
-
-def _unsteady(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-  """Runs of one arm, which do the same work, tell what else the machine did."""
-  rates: dict[str, list[float]] = {}
-  for r, one in told.items():
-    if one['tokens_per_second']:
-      rates.setdefault(r.arm.name, []).append(one['tokens_per_second'])
-  spread = {name: (min(of), max(of)) for name, of in rates.items()}
-  name = max(spread, key=lambda name: spread[name][1] / spread[name][0], default='')
-  if not name or spread[name][1] < STEADY * spread[name][0]:
-    return []
-  slow, fast = spread[name]
-  return [
-    f'times and prices are of a machine that did other work too: {name} trained on {slow:,.0f} to '
-    f'{fast:,.0f} tokens a second'
-  ]
-
-
-def _seen(arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:
-  """What the runs' own records say of how alike they began, and of the batches that they saw."""
-  pairs = [
-    (next(r for r in runs if r.arm == arms[0] and r.seed == run.seed), run)
-    for run in runs
-    if run.arm != arms[0]
-  ]
-  pairs = [pair for pair in pairs if all((r.workdir / 'record.json').exists() for r in pair)]
-  if not pairs:
-    return []
-  alike = 0
-  for pair in pairs:
-    ledgers = [record.lines(r.workdir, 'ledger.jsonl') for r in pair]
-    n = min(map(len, ledgers))
-    alike += n > 0 and ledgers[0][:n] == ledgers[1][:n]
-  said = [f'batches seen: the same, bit for bit, in {alike} of {len(pairs)} pairs of runs']
-  for arm in arms[1:]:
-    begun = [
-      [record.read(r.workdir, 'record.json').get('initial', {}) for r in pair]
-      for pair in pairs
-      if pair[1].arm == arm
-    ]
-    same = [sum(a.get(name) == x for name, x in b.items()) for a, b in begun]
-    if begun:
-      count = f'{min(same)} of {len(begun[0][1])} arrays'
-      said.append(f'initial values of {arm.name}: those of the reference in {count}, in each seed')
-  return said
