@@ -290,6 +290,9 @@ def test_rounding_is_no_noise():
 PAIRS = np.array([1.0, -1.0, 0.0]) * 0.001  # deviation 0.001, so that an interval is ± 0.0025
 
 
+MORE = 'inconclusive: about'
+
+
 @pytest.mark.parametrize(
   ('differences', 'margin', 'outcome', 'verdict', 'more'),
   [
@@ -314,10 +317,16 @@ PAIRS = np.array([1.0, -1.0, 0.0]) * 0.001  # deviation 0.001, so that an interv
       'unknown: all 3 seeds differ by 0.01 nats, which is too coarse a number',
       None,
     ),
-    (PAIRS - 0.001, 0.003, 'inconclusive', 'inconclusive: about 2 more seeds', 2),
-    (PAIRS - 0.001, 0.0034, 'inconclusive', 'inconclusive: about 2 more seeds', 2),
-    (np.tile(PAIRS, 4) - 0.0005, 0.0008, 'inconclusive', 'inconclusive: about 1 more seed', 1),
-    (PAIRS - 0.001, 0.0001, 'inconclusive', 'inconclusive: about 2,000 more seeds', 1987),
+    (PAIRS - 0.001, 0.003, 'inconclusive', f'{MORE} 2 more seeds would tell 0.0030 nats', 2),
+    (PAIRS - 0.001, 0.0034, 'inconclusive', f'{MORE} 2 more seeds would tell 0.0034 nats', 2),
+    (
+      np.tile(PAIRS, 4) - 5e-4,
+      8e-4,
+      'inconclusive',
+      f'{MORE} 1 more seed would tell 0.00080 nats',
+      1,
+    ),
+    (PAIRS - 0.001, 1e-4, 'inconclusive', f'{MORE} 2,000 more seeds would tell 0.00010 nats', 1987),
     (
       *(PAIRS - 0.001, 0.0, 'inconclusive'),
       'inconclusive: 3 seeds find only differences of 0.0033 nats and more',

@@ -66,7 +66,8 @@ def sentence(
       return f'inconclusive: {n} seeds find only differences of {_about(least)}{unit} and more'
     case 'inconclusive':
       rounded = int(float(f'{more:.2g}')) if more >= 100 else more
-      return f'inconclusive: about {rounded:,} more seed{"" if more == 1 else "s"}'
+      seeds = f'{rounded:,} more seed{"" if more == 1 else "s"}'
+      return f'inconclusive: about {seeds} would tell {_exact(asked.margin)}{unit}'
   p = 'p < 0.001' if tested.holm < 0.001 else f'p = {tested.holm:.3f}'
   small = _is_small(tested, asked)
   but = f', but by no more than {_exact(asked.margin)}{unit}' if small else ''
