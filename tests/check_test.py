@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lmjax import check, errors, optimizer, train
+from lmjax import check, config, errors, optimizer, train
 from lmjax.check import twin
 from lmjax.data import corrupt, pack
 from lmjax.metrics import Mean
@@ -380,3 +380,10 @@ def test_the_bugs_of_the_campaign_can_still_be_planted():
     source = (mutations.ROOT / 'lmjax' / bug.file).read_text()
     assert source.count(bug.right) == 1, f'{name}: {bug.right} is not once in {bug.file}'
     assert not bug.test or (mutations.ROOT / 'tests' / f'{bug.test}_test.py').exists()
+
+
+@pytest.mark.parametrize('kind', ['published', 'sentencepiece'])
+def test_the_twin_of_weights_of_others_has_a_tokenizer_of_its_own(tiny, kind):
+  asked = config.base(tokenizer=kind).tokenizer.to_dict()
+  asked |= {'path': '/nonexistent', 'vocab_size': 300, 'opening': True}
+  assert twin.of(tiny(tokenizer=asked)).tokenizer.vocab_size == twin.VOCABULARY['sentencepiece']

@@ -160,7 +160,8 @@ def of(config: Mapping[str, Any]) -> Twin:
   kind = 'sentencepiece' if kind == 'published' else kind
   known = config_lib.base(tokenizer=kind).tokenizer.to_dict()
   asked = {key: value for key, value in c['tokenizer'].items() if key in known}
-  asked |= {'name': kind} | ({'path': ''} if 'path' in known else {})
+  of_a_file = {'path': '', 'opening': False}
+  asked |= {'name': kind} | {key: x for key, x in of_a_file.items() if key in known}
   c['tokenizer'] = known | asked
   if kind in VOCABULARY:
     c['tokenizer']['vocab_size'] = VOCABULARY[kind]
