@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -213,12 +214,12 @@ def test_a_plan_of_all_seeds():
   ]
 
 
-COMPARABLE = {
+COMPARABLE = {  # second arm, named -> metrics of those below that compare
   'what a model sees': (
     {'causal': False, 'sets': {'validation': 'w'}, 'sources': {'validation': 'c'}},
     ['variant'],
     {'masked_xent'},
-  ),  # second arm, named -> metrics of those below that compare
+  ),
   'a learning rate': (
     {},
     ['optimizer.lr'],
@@ -535,6 +536,19 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   assert caveat.startswith(
     'there were 2 looks (2 arms, 2 seeds, eval/valid/xent; 2 arms, 3 seeds, '
   )
+
+
+def test_a_plan_compiles_all_arms_and_runs_none(command):
+  where, argv = command
+  argv += ['--vary=optimizer.lr=0.1,0.2', '--plan=cpu:1', '--seeds=2', '--price_per_hour=2']
+  done = subprocess.run(argv, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  *_, first, second, total = done.stdout.splitlines()
+  for rate, said in (('0.1', first), ('0.2', second)):
+    form = r'[\d.]+ of [\d.]+ GiB; 2 x \S+ hours at least, price [\d.]+'
+    assert re.fullmatch(rf'optimizer\.lr={rate}: {form}', said)
+  assert total.startswith('one after the other: ')
+  assert not where.exists()
 
 
 class Process:
