@@ -400,6 +400,17 @@ def test_arms_are_added_and_none_is_taken_away(monkeypatch, tmp_path, name):
   assert there.items() <= {run.arm.name: run.workdir for run in now.runs}.items()
 
 
+@pytest.mark.parametrize('vmap', ['', 'seeds', 'lr'])
+def test_what_was_trained_together_is_said(monkeypatch, tmp_path, vmap):
+  monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
+  made = ablate.Ablation(QUICK, tmp_path, ['optimizer.lr=0.1,0.2'], vmap=vmap)
+  made.prove()
+  made.keep()
+  said = [line for line in made.study('command')['fixed']['lines'] if '--vmap' in line]
+  assert len(said) == bool(vmap)
+  assert all(f'(--vmap_{vmap}), and the command of each' in line for line in said)
+
+
 def test_who_adds_to_it_looks_once_more(monkeypatch, tmp_path):
   monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
   ended = lambda run: run.seed < done

@@ -29,6 +29,10 @@ LOOKS = (
   'there were {count} looks ({looks}), with which a difference is called where there is none up to '
   '{count} times as often as alpha says: --alpha can be so much smaller'
 )
+TOGETHER = (
+  'several runs were trained in one program (--vmap_{}), and the command of each is that of it '
+  'alone: the numbers are the same up to rounding, which training makes grow'
+)
 PROBE = 12  # steps by which the time of one is measured
 
 
@@ -234,7 +238,11 @@ class Ablation:
       'price_per_hour': price_per_hour,
       'parallel': self.parallel,
       'remainders': self.remainders,
-      'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
+      'fixed': {
+        'named': self.named,
+        'moved': arms_lib.moved(configs),
+        'lines': self.lines + ([TOGETHER.format(self.vmap)] if self.vmap else []),
+      },
     }
     study = report.collect(about, self.arms, self.facts, self.runs, metric, margin)
     study['caveats'] += self._look(study['metric'])
