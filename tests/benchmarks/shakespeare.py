@@ -1,10 +1,13 @@
 """Beside nanoGPT on the characters of Shakespeare: losses and wall seconds on one machine.
 
-python tests/benchmarks/shakespeare.py --nanogpt DIR --torch PYTHON --data input.txt [--rounds 3]
+python tests/benchmarks/shakespeare.py --nanogpt DIR --torch PYTHON --data input.txt \
+  [--rounds 3] [--only CASE …]
 
-nanoGPT runs its published CPU command with PYTHON, which has torch; then come our two recipes.
-The order is the same in every round, and the medians are printed.  Losses are of the whole
-validation text in windows of 64; nanoGPT's own estimate, from 20 random batches, is printed beside.
+nanoGPT runs its published CPU command with PYTHON, which has torch; then come our recipes, and
+`cpu` with GPT-2's initial values, which is nanoGPT's to the last number.  Every round has another
+seed and the same order.  Losses are of the whole validation text in windows of 64; nanoGPT's own
+estimate, from 20 random batches, is printed beside.  Of every number there is the median, and of
+losses the mean and the standard deviation over the seeds.
 """
 
 import argparse
@@ -25,7 +28,15 @@ PUBLISHED = (
   '--lr_decay_iters=2000 --dropout=0.0'
 ).split()
 
-# Run by PYTHON in nanoGPT's directory: the loss of a checkpoint on all of the validation text.
+# Run by PYTHON in nanoGPT's directory: its program, whose seed is no option of it.
+TRAIN = """
+import runpy, sys, torch
+own, more = torch.manual_seed, int(sys.argv[1])
+torch.manual_seed = lambda seed: own(seed + more)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+# And the loss of a checkpoint on all of the validation text.
 EVALUATE = """
 import sys, numpy as np, torch
 from model import GPT, GPTConfig
@@ -41,12 +52,12 @@ print('whole', np.mean(losses))
 """
 
 
-def nanogpt(python: str, checkout: str, compile_: bool) -> dict[str, float]:
+def nanogpt(python: str, checkout: str, compile_: bool, seed: int) -> dict[str, float]:
   with tempfile.TemporaryDirectory() as out:
     began = time.perf_counter()
     flags = [f'--compile={compile_}', f'--out_dir={out}']
     run = functools.partial(subprocess.run, cwd=checkout, capture_output=True, text=True)
-    got = run([python, *PUBLISHED, *flags])
+    got = run([python, '-c', TRAIN, str(seed), *PUBLISHED, *flags])
     seconds = time.perf_counter() - began
     estimates = re.findall(r'val loss ([\d.]+)', got.stdout)
     assert estimates, got.stderr
@@ -54,7 +65,7 @@ def nanogpt(python: str, checkout: str, compile_: bool) -> dict[str, float]:
   return {'loss': float(whole), 'estimate': float(estimates[-1]), 'seconds': seconds}
 
 
-def lmjax(variant: str, data: str) -> dict[str, float]:
+def lmjax(variant: str, data: str, seed: int, *more: str) -> dict[str, float]:
   with tempfile.TemporaryDirectory() as workdir:
     began = time.perf_counter()
     flags = [
@@ -63,6 +74,8 @@ def lmjax(variant: str, data: str) -> dict[str, float]:
       f'--config.data.train={data}#[:90%]',
       f'--config.data.eval.validation={data}#[90%:]',
       '--config.check=False',
+      f'--config.seed={seed}',
+      *more,
     ]
     subprocess.run([sys.executable, '-m', 'lmjax.main', *flags], check=True, capture_output=True)
     seconds = time.perf_counter() - began
@@ -75,6 +88,7 @@ def main() -> None:
   for name in ('nanogpt', 'torch', 'data'):
     parser.add_argument(f'--{name}', required=True)
   parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--only', nargs='+', default=[])
   a = parser.parse_args()
   data = os.path.abspath(a.data)
   prepared = pathlib.Path(a.nanogpt, 'data/shakespeare_char')
@@ -82,21 +96,24 @@ def main() -> None:
     (prepared / 'input.txt').write_bytes(pathlib.Path(data).read_bytes())
     subprocess.run([a.torch, 'prepare.py'], cwd=prepared, check=True, capture_output=True)
   cases = {
-    'nanoGPT': lambda: nanogpt(a.torch, a.nanogpt, False),
-    'nanoGPT compiled': lambda: nanogpt(a.torch, a.nanogpt, True),
-    'lmjax cpu': lambda: lmjax('cpu', data),
-    'lmjax cpu_best': lambda: lmjax('cpu_best', data),
+    'nanoGPT': lambda seed: nanogpt(a.torch, a.nanogpt, False, seed),
+    'nanoGPT compiled': lambda seed: nanogpt(a.torch, a.nanogpt, True, seed),
+    'as nanoGPT': lambda seed: lmjax('cpu', data, seed, '--config.model.initializer=gpt2'),
+    'cpu': lambda seed: lmjax('cpu', data, seed),
+    'cpu_best': lambda seed: lmjax('cpu_best', data, seed),
   }
-  runs = {name: [] for name in cases}
-  for _ in range(a.rounds):
-    for name, case in cases.items():
-      runs[name].append(case())
+  runs = {name: [] for name in cases if name in a.only or not a.only}
+  for seed in range(a.rounds):
+    for name in runs:
+      runs[name].append(cases[name](seed))
       print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
-  medians = {
-    name: {key: statistics.median(run[key] for run in got) for key in got[0]}
-    for name, got in runs.items()
-  }
-  print(json.dumps(medians, indent=2))
+  medians = lambda got: {key: statistics.median(run[key] for run in got) for key in got[0]}
+  said = {name: medians(got) for name, got in runs.items()}
+  for name, got in runs.items():
+    losses = [run['loss'] for run in got]
+    said[name]['mean loss'] = statistics.fmean(losses)
+    said[name]['deviation'] = statistics.stdev(losses) if len(losses) > 1 else None
+  print(json.dumps(said, indent=2))
 
 
 if __name__ == '__main__':
