@@ -249,7 +249,12 @@ def test_sentencepiece_from_file(tmp_path):
     control_symbols=['<x>'],
     minloglevel=2,
   )
-  t = tokenizers.get('sentencepiece', (), path=str(tmp_path / 'm.model'), vocab_size=0)
+  named = {'path': str(tmp_path / 'm.model'), 'vocab_size': 0}
+  t = tokenizers.get('sentencepiece', (), **named)
+  with pytest.raises(UserError, match='nothing comes before a text'):
+    tokenizers.get('sentencepiece', (), **named, opening=True)
+  with pytest.raises(UserError, match=r'of a file that tokenizer\.path names'):
+    tokenizers.get('sentencepiece', corpus(), opening=True)
   assert (t.pad, t.unk, t.cls, t.sep, t.mask) == (0, 2, None, 1, None)
   assert special_ids(t) == {0, 1, 2, 3}
   assert not t.lossless

@@ -42,7 +42,7 @@ class Tokenizer:
   Attributes: `name`, a key of KINDS; `vocab_size`, V; the special ids `pad, unk, cls, sep, mask`
   (None where a loaded vocabulary has none), `bos` = cls, `eos` = sep; `special` (V,), ids that are
   no text; `starts_word` (V,), ids that begin a word (special ones do); `opening`, ids before a
-  prompt; `lossless`, whether any text comes back; `fingerprint`, 16 hex digits over what decides.
+  prompt; `lossless`, whether any text comes back; `fingerprint`, 16 hex digits over what makes ids.
   """
 
   name: str
@@ -115,10 +115,9 @@ class SentencePiece(Tokenizer):
     self._block = [sp.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()] if ours else []
     blank = ('▁', '<0x09>', '<0x0A>', '<0x0D>', '<0x20>')
     starts = [p.startswith(blank) or p[:1].isspace() for p in pieces]
-    options = {'opening': True} if opening and not ours and sp.bos_id() >= 0 else {}
-    super().__init__(model, options, pieces, ids, starts)
+    super().__init__(model, {'opening': opening}, pieces, ids, starts)
     self.special[special] = self.starts_word[special] = True
-    self.opening = [sp.bos_id()] if options else ()
+    self.opening = [sp.bos_id()] if opening and not ours and sp.bos_id() >= 0 else ()
     self.lossless = self.decode(self.encode(PROBE)) == PROBE
 
   def encode(self, text: str) -> list[int]:
@@ -198,8 +197,7 @@ class Characters(Tokenizer):
 
 
 class Bytes(Characters):
-  """The bytes of UTF-8 after the five specials, words all of them, as none knows the one before it.
-  Ids that are no UTF-8 decode to U+FFFD."""
+  """The bytes of UTF-8 after the five specials, each a word; no UTF-8 decodes to U+FFFD."""
 
   name = 'bytes'
   lossless = True
@@ -239,7 +237,7 @@ class Published(Tokenizer):
     marked = any(piece.startswith('##') for piece in pieces)
     blank = ('Ġ', 'Ċ', 'ĉ', '▁')  # GPT-2's space, line break and tabulator; SentencePiece's space
     starts = [not p.startswith('##') if marked else p.startswith(blank) for p in pieces]
-    options = {'size': len(pieces)} | ({'opening': True} if opening else {})
+    options = {'size': len(pieces), 'opening': opening}
     super().__init__(model, options, pieces, map(named, _USUAL), starts)
     special = [i for i, token in t.get_added_tokens_decoder().items() if token.special]
     self.special[special] = self.starts_word[special] = True
@@ -261,7 +259,8 @@ def build(name: str, model: bytes, options: dict[str, Any]) -> Tokenizer:
 
 
 def fingerprint_of(name: str, model: bytes, options: dict[str, Any]) -> str:
-  about = json.dumps([name, options], sort_keys=True).encode()
+  of_ids = {key: x for key, x in options.items() if key != 'opening'}  # decides none
+  about = json.dumps([name, of_ids], sort_keys=True).encode()
   return hashlib.blake2b(about + b'\n' + model, digest_size=8).hexdigest()
 
 

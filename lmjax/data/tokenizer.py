@@ -214,6 +214,8 @@ def _from_file(kind: type, path: str, vocab_size: int, **options: Any) -> Any:
     raise UserError(f'the tokenizer file {path} cannot be read: {error.strerror}') from error
   except ValueError as error:
     raise UserError(f'{path} is no {kind.name} vocabulary: {error}') from error
+  if options.get('opening') and not tokenizer.opening:
+    raise UserError(f'tokenizer.opening is set, and by {path} nothing comes before a text')
   if vocab_size not in (0, tokenizer.vocab_size):
     held = tokenizer.vocab_size
     raise UserError(f'vocab_size={vocab_size} but {path} holds {held}; write {held}, or 0 for any')

@@ -182,7 +182,7 @@ def to_workdir(
       f'trained with, as {" or ".join(tokens.FILES)}'
     )
   where = {'path': str(place / 'tokenizer' / 'tokenizer.model'), 'vocab_size': source.vocab_size}
-  where['opening'] = made.options.get('opening', False)
+  where['opening'] = bool(made.opening)
   c = _resolved(source, made.name, where, overrides or {})
   sketch = experiment.sketch(c)
   params = _params(source, sketch)

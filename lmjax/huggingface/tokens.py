@@ -41,7 +41,8 @@ def _find(directory: epath.Path, vocab_size: int) -> Tokenizer | None:
         return Published(model, vocab_size, opening=True)
     for name in _MODELS:
       if (directory / name).exists():
-        opening = _options(directory).get('add_bos_token', True)
+        # Where nothing is said, Llama's own begins texts with <s>, and T5's has none.
+        opening = _options(directory).get('add_bos_token', name == 'tokenizer.model')
         return SentencePiece(jsonio.read_bytes(directory / name), bool(opening))
   except ValueError as e:
     raise UserError(f'the tokenizer in {directory} cannot be read: {e}') from e
