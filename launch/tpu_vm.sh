@@ -129,7 +129,8 @@ for ((tries = 1; ; tries++)); do
     137 | 143) [[ ${o[spot]} == yes ]] || break ;; # killed, as by a preemption
     *) break ;;
   esac
-  [[ ! $began ]] || ((SECONDS - began < o[steady])) || tries=1
+  # What is killed again and again may have too little memory, and is no use to pay for.
+  [[ ! $began || $code =~ ^1[34] ]] || ((SECONDS - began < o[steady])) || tries=1
   now=$([[ ! $created ]] || state)
   if [[ $now =~ ^(FAILED|SUSPEND|DELET) ]]; then
     say "${o[name]} is $now"
