@@ -11,8 +11,10 @@ after 340; 1.936 bits per byte after 175.
 
 python -m lmjax.main --config experiments/quickstart.py:bert --workdir /tmp/lmjax/quickstart_bert
 
-Hardware: 2 shared CPU cores.  Time: not measured alone.  Result: masked-LM loss 4.29, accuracy
-0.314.
+Hardware: 2 shared CPU cores.  Time: 6.2 minutes, of which 3.9 are training.  Result: masked-LM loss
+4.380, accuracy 0.304.
+Curve: training loss 6.829 after 20 steps, 5.768 after 60, 5.041 after 160, 4.377 after 240, 4.233
+after 340; of validation 4.957 after 175.
 """
 
 from lmjax import config
