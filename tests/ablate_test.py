@@ -400,43 +400,39 @@ def test_arms_are_added_and_none_is_taken_away(monkeypatch, tmp_path, name):
   assert there.items() <= {run.arm.name: run.workdir for run in now.runs}.items()
 
 
-@pytest.mark.parametrize('vmap', ['', 'seeds', 'lr'])
-def test_what_was_trained_together_is_said(monkeypatch, tmp_path, vmap):
+def test_keys_that_have_come_since_are_as_they_are_by_default(monkeypatch, tmp_path):
   monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
-  made = ablate.Ablation(QUICK, tmp_path, ['optimizer.lr=0.1,0.2'], vmap=vmap)
+  made = ablate.Ablation(QUICK, tmp_path, ['optimizer.lr=0.1,0.2'])
   made.prove()
   made.keep()
-  said = [line for line in made.study('command')['fixed']['lines'] if '--vmap' in line]
-  assert len(said) == bool(vmap)
-  assert all(f'(--vmap_{vmap}), and the command of each' in line for line in said)
+  kept = json.loads((tmp_path / 'ablation.json').read_text())
+  for arm in kept['arms'].values():
+    del arm['config']['tokenizer']['opening']
+  (tmp_path / 'ablation.json').write_text(json.dumps(kept))
+  made.prove()
 
 
-def test_who_adds_to_it_looks_once_more(monkeypatch, tmp_path):
+def test_who_adds_to_it_or_asks_otherwise_looks_once_more(monkeypatch, tmp_path):
   monkeypatch.setattr(fixed, 'of', lambda arm: FACTS)
-  ended = lambda run: run.seed < done
-  outcome = lambda run: ('finished' if ended(run) else 'unfinished', '')
-  monkeypatch.setattr(runs.Run, 'outcome', outcome)
 
-  def look(vary: str, seeds: int, metric: str = 'xent') -> list[str]:
-    made = ablate.Ablation(QUICK, tmp_path, [f'optimizer.lr={vary}'], seeds)
+  def look(vary: str, pairs: list[int], metric: str = 'xent') -> str:
+    made = ablate.Ablation(QUICK, tmp_path, [f'optimizer.lr={vary}'])
     made.prove()
     made.keep()
-    return made._look(metric)
+    return ''.join(made._look(metric, [{'seeds': list(range(n))} for n in pairs]))
 
-  done = 1
-  assert not look('0.1,0.2', 3), 'of one seed there is no verdict'
-  done = 2
-  assert not look('0.1,0.2', 3)
-  assert not look('0.1,0.2', 2)
-  for asked, count in (('0.1,0.2,0.4', 2, 'xent'), 2), (('0.1,0.2,0.4', 2, 'loss'), 3):
-    (said,) = look(*asked)
-    assert said.startswith(
-      f'there were {count} looks (2 arms, 2 seeds, xent; 3 arms, 2 seeds, xent'
-    )
-  done = 3
-  (said,) = look('0.1,0.2,0.4', 3)
-  assert said.startswith('there were 4 looks (')
-  assert '; 3 arms, 3 seeds, xent), with' in said
+  assert not look('0.1,0.2', [1]), 'of one seed there is no verdict'
+  assert not look('0.1,0.2', [2])
+  assert not look('0.1,0.2', [2])
+  first, second = 'optimizer.lr=0.1', 'optimizer.lr=0.2'
+  said = f'there were 2 looks (xent of 1 beside {first}, 2 pairs of runs; '
+  assert look('0.1,0.2,0.4', [2, 1]) == ''
+  assert look('0.1,0.2,0.4', [2, 2]).startswith(f'{said}xent of 2 beside {first}, 4 pairs of runs)')
+  assert 'there were 3 looks (' in look('0.1,0.2,0.4', [3, 2])
+  assert f'; loss of 2 beside {first}, 5 pairs of runs), with' in look(
+    '0.1,0.2,0.4', [3, 2], 'loss'
+  )
+  assert f'; loss of 2 beside {second}, 5 pairs' in look('0.2,0.1,0.4', [3, 2], 'loss')
 
 
 def test_slots_share_the_machine(monkeypatch):
@@ -544,9 +540,7 @@ def test_two_names_for_one_experiment_killed_in_the_middle(command):
   for run in more.runs[4:]:  # as if they had run
     shutil.copytree(more.runs[0].workdir, run.workdir)
   *_, caveat = more.study('again')['caveats']
-  assert caveat.startswith(
-    'there were 2 looks (2 arms, 2 seeds, eval/valid/xent; 2 arms, 3 seeds, '
-  )
+  assert caveat.startswith('there were 2 looks (eval/valid/xent of 1 beside label=one, 2 pairs of')
 
 
 def test_a_plan_compiles_all_arms_and_runs_none(command):
@@ -660,9 +654,9 @@ def collected(tmp_path):
   """collected(values by arm and seed, …) -> the study of runs that have ended so."""
 
   def collect(
-    values, restarts=(), rates=None, clocks=(), decisions=(), astray=(), metric='', **about
+    values, restarts=(), rates=None, clocks=(), events=(), astray=(), machine=(), metric='', **about
   ):
-    clocks, decisions = dict(clocks), dict(decisions)
+    clocks, events = dict(clocks), dict(events)
     seeds = range(len(next(iter(values.values()))))
     asked = arms.of(QUICK, [f'label={",".join(values)}'])
     told = {'match': 'steps', 'alpha': 0.05, 'power': 0.8, 'price_per_hour': None, 'parallel': 1}
@@ -676,8 +670,11 @@ def collected(tmp_path):
       metrics = {f'eval/{name}': value for name in names}
       clock = {'productive': 3600.0, 'input_wait': 0.0, 'evaluate': 360.0, 'down': 1e6, 'wall': 1e7}
       clock |= clocks.get(run.arm.overrides['label'], {})
-      skips = decisions.get(run.arm.overrides['label'], 0)
-      result = {'metrics': metrics, 'goodput': clock, 'decisions': {'skip': skips, 'roll_back': 0}}
+      result = {'metrics': metrics, 'goodput': clock}
+      event = {'event': 'skip', 'step': 1, 'batch': 0}
+      event |= events.get(run.arm.overrides['label'], {})
+      if events:
+        (run.workdir / 'events.jsonl').write_text(json.dumps(event) + '\n')
       seen = run.workdir.parts[-2:] if run.seed in astray else run.seed
       line = json.dumps({'step': 1, 'hash': str(seen)})
       (run.workdir / 'ledger.jsonl').write_text(line + '\n')
@@ -686,7 +683,11 @@ def collected(tmp_path):
         rate = rates[run.arm.overrides['label']][run.seed]
         line = {'step': 1, 'train/loss': value, 'perf/tokens_per_second': rate}
         (run.workdir / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
-      record = {'code': 'a', 'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts]}
+      record = {
+        'code': 'a',
+        'machine': dict(machine),
+        'restarts': [{'step': 1, 'began': '', 'changed': x} for x in restarts],
+      }
       (run.workdir / 'record.json').write_text(json.dumps(record))
     study = ablate.report.collect(told, asked, [FACTS] * len(asked), planned, metric)
     json.dumps(study, allow_nan=False)
@@ -734,8 +735,8 @@ CAVEATS = {
     'arms are matched by time, and label=b has trained 8% less',
   ),
   'guard': (
-    dict(decisions={'b': 1}),
-    'the guard has left batches out that others have seen: label=b seed 0, label=b seed 1',
+    dict(events={'b': {'batch': 1}}, astray=[1]),
+    'the guard has left batches out that others have seen: label=a seed 0, label=b seed 0, label=a',
   ),
   'yardstick': (
     dict(metric='eval/yardstick/masked_xent'),
@@ -752,10 +753,13 @@ def test_what_has_to_be_read_before_a_verdict(collected, name):
 
 
 def test_nothing_need_be_read_before_a_verdict(collected):
-  close = {'b': {'productive': 3500.0}}
-  study = collected({'a': [1.0, 1.1], 'b': [2.0, 2.3]}, match='time', clocks=close)
+  close, replayed = {'b': {'productive': 3500.0}}, {'a': {'batch': 0}}
+  how = dict(match='time', clocks=close, events=replayed, machine={'runs': 2})
+  study = collected({'a': [1.0, 1.1], 'b': [2.0, 2.3]}, **how)
   assert not study['caveats']
-  assert 'batches seen: the same, bit for bit, in 2 of 2 pairs of runs' in study['fixed']['lines']
+  seen, together, *_ = study['fixed']['lines']
+  assert seen == 'batches seen: the same, bit for bit, in 2 of 2 pairs of runs'
+  assert together.startswith('4 of 4 runs were trained in one program with others, and the command')
 
 
 def test_an_ablation_is_kept_on_a_disk_and_in_no_run(tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -28,10 +28,6 @@ from lmjax.sweep import Overrides
 LOOKS = (
   'there were {count} looks ({looks}), with which a difference is called where there is none up to '
   '{count} times as often as alpha says: --alpha can be so much smaller'
-)
-TOGETHER = (
-  'several runs were trained in one program (--vmap_{}), and the command of each is that of it '
-  'alone: the numbers are the same up to rounding, which training makes grow'
 )
 PROBE = 12  # steps by which the time of one is measured
 
@@ -157,6 +153,8 @@ class Ablation:
     if not before:
       return
     known, asked = before['arms'], self._said['arms']
+    for arm in known.values():  # keys that have come since are as they are by default
+      arm['config'] = {**config.resolve({**arm['config'], 'check': False}), 'check': None}
     gone = [name for name in known if name not in asked]
     changed = [name for name in known if name in asked and known[name] != asked[name]]
     added = [name for name in asked if name not in known]
@@ -185,14 +183,15 @@ class Ablation:
   def _write(self) -> None:
     jsonio.write(epath.Path(self.directory / 'ablation.json'), {**self._said, 'looks': self._looks})
 
-  def _look(self, metric: str) -> list[str]:
+  def _look(self, metric: str, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     """Remembers what was looked at: who adds to it or asks otherwise has another chance to err."""
-    left = {run.seed for run in self.runs if run.outcome()[0] == 'unfinished'}
-    seeds = len(self.seeds) - len(left)
-    now = f'{len(self.arms)} arms, {seeds} seeds, {metric}'
-    if now not in self._looks and seeds > 1:
-      self._looks.append(now)
-      self._write()
+    pairs = [len(one['seeds']) for one in comparisons if len(one['seeds']) > 1]
+    if pairs:
+      beside = f'{len(pairs)} beside {self.arms[0].name}'
+      now = f'{metric} of {beside}, {sum(pairs)} pairs of runs'
+      if now not in self._looks:
+        self._looks.append(now)
+        self._write()
     count = len(self._looks)
     return [LOOKS.format(looks='; '.join(self._looks), count=count)] if count > 1 else []
 
@@ -238,14 +237,10 @@ class Ablation:
       'price_per_hour': price_per_hour,
       'parallel': self.parallel,
       'remainders': self.remainders,
-      'fixed': {
-        'named': self.named,
-        'moved': arms_lib.moved(configs),
-        'lines': self.lines + ([TOGETHER.format(self.vmap)] if self.vmap else []),
-      },
+      'fixed': {'named': self.named, 'moved': arms_lib.moved(configs), 'lines': self.lines},
     }
     study = report.collect(about, self.arms, self.facts, self.runs, metric, margin)
-    study['caveats'] += self._look(study['metric'])
+    study['caveats'] += self._look(study['metric'], study['comparisons'])
     for name, text in (
       ('report.json', json.dumps(study, indent=1) + '\n'),
       ('report.md', markdown.render(study)),

@@ -27,7 +27,7 @@ def of(
   about: Mapping[str, Any],
   arms: Sequence[Arm],
 ) -> list[str]:
-  """What has to be read before a verdict is believed: of runs, what each has told."""
+  """What has to be read before a verdict is believed."""
   said = []
   written = [one['record'] for one in told.values() if one['record']]
   for key in SAME:
@@ -37,9 +37,14 @@ def of(
   stopped = [f'{r.arm.name} seed {r.seed}' for r, x in told.items() if x['status'] == 'diverged']
   if stopped:
     said.append(f'stopped by their numbers, and in no mean: {", ".join(stopped)}')
-  decided = [f'{r.arm.name} seed {r.seed}' for r, x in told.items() if any(x['decisions'].values())]
-  if decided:
-    said.append(f'the guard has left batches out that others have seen: {", ".join(decided)}')
+  left_out = {r: _left_out(r) for r in told}
+  alone = [
+    f'{r.arm.name} seed {r.seed}'
+    for r, steps in left_out.items()
+    if steps and any(steps != x for other, x in left_out.items() if other.seed == r.seed)
+  ]
+  if alone:
+    said.append(f'the guard has left batches out that others have seen: {", ".join(alone)}')
   said += _restarts(told)
   said += _unsteady(told)
   if about['match'] == 'time':
@@ -70,16 +75,16 @@ def _restarts(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
 
 
 def _unsteady(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-  """Runs of one arm, which do the same work, tell what else the machine did."""
-  rates: dict[str, list[float]] = {}
+  """Runs of one arm, which do the same work on one machine, tell what else that did."""
+  rates: dict[tuple[str, str], list[float]] = {}
   for r, one in told.items():
     if one['tokens_per_second']:
-      rates.setdefault(r.arm.name, []).append(one['tokens_per_second'])
-  spread = {name: (min(of), max(of)) for name, of in rates.items()}
-  name = max(spread, key=lambda name: spread[name][1] / spread[name][0], default='')
-  if not name or spread[name][1] < STEADY * spread[name][0]:
+      where = json.dumps(one['record'].get('machine'), sort_keys=True)
+      rates.setdefault((r.arm.name, where), []).append(one['tokens_per_second'])
+  spread = [(max(of) / min(of), name, min(of), max(of)) for (name, _), of in rates.items()]
+  ratio, name, slow, fast = max(spread, default=(0.0, '', 0.0, 0.0))
+  if ratio < STEADY:
     return []
-  slow, fast = spread[name]
   return [
     f'times and prices are of a machine that did other work too: {name} trained on {slow:,.0f} to '
     f'{fast:,.0f} tokens a second'
@@ -104,38 +109,57 @@ def _mistimed(told: Mapping[Run, Mapping[str, Any]]) -> list[str]:
   ]
 
 
-def seen(arms: Sequence[Arm], facts: Sequence[Facts], runs: Sequence[Run]) -> Seen:
+def seen(
+  arms: Sequence[Arm], facts: Sequence[Facts], told: Mapping[Run, Mapping[str, Any]]
+) -> Seen:
   """How alike the runs began, and whether they saw the same batches."""
+  begun = {(r.arm.name, r.seed): r for r in told if (r.workdir / 'record.json').exists()}
   pairs = [
-    (next(r for r in runs if r.arm == arms[0] and r.seed == run.seed), run)
-    for run in runs
-    if run.arm != arms[0]
+    (begun[arms[0].name, seed], run)
+    for (name, seed), run in begun.items()
+    if name != arms[0].name and (arms[0].name, seed) in begun
   ]
-  pairs = [pair for pair in pairs if all((r.workdir / 'record.json').exists() for r in pair)]
-  if not pairs:
-    return Seen([], [])
-  alike = [same for pair in pairs if (same := _saw_the_same(*pair)) is not None]
-  said = f'batches seen: the same, bit for bit, in {sum(alike)} of {len(alike)} pairs of runs'
-  other = fixed.other_objective([key for arm in arms for key in arm.overrides])
-  if other and not all(alike):
-    said += ' (masks and labels are of them, and the objective is another)'
-  lines, caveats = [said], []
-  if not other and not all(alike) and len({(one.rows, one.batch) for one in facts}) == 1:
+  of = {arm.name: one for arm, one in zip(arms, facts, strict=True)}
+  lines, caveats, wrong = [], [], 0
+  alike = {pair: same for pair in pairs if (same := _saw_the_same(*pair)) is not None}
+  if alike:
+    count = f'{sum(alike.values())} of {len(alike)} pairs of runs'
+    lines.append(f'batches seen: the same, bit for bit, in {count}')
+    wrong = sum(not same and not _may_differ(pair, of) for pair, same in alike.items())
+  if wrong:
     caveats.append(
-      f'in {alike.count(False)} of {len(alike)} pairs runs have seen other batches, which nothing '
-      'that was named explains'
+      f'in {wrong} of {len(alike)} pairs runs have seen other batches, which nothing that was '
+      'named explains'
+    )
+  together = [r for r in begun.values() if told[r]['record']['machine'].get('runs', 1) > 1]
+  if together:
+    lines.append(
+      f'{len(together)} of {len(told)} runs were trained in one program with others, and the '
+      'command of each is that of it alone: its numbers are these up to rounding, which training '
+      'makes grow'
     )
   for arm in arms[1:]:
-    begun = [
+    initial = [
       [record.read(r.workdir, 'record.json').get('initial', {}) for r in pair]
       for pair in pairs
-      if pair[1].arm == arm
+      if pair[1].arm.name == arm.name
     ]
-    same = [sum(a.get(name) == x for name, x in b.items()) for a, b in begun]
-    if begun:
-      count = f'{min(same)} of {len(begun[0][1])} arrays'
+    same = [sum(a.get(name) == x for name, x in b.items()) for a, b in initial]
+    if initial:
+      count = f'{min(same)} of {len(initial[0][1])} arrays'
       lines.append(f'initial values of {arm.name}: those of the reference in {count}, in each seed')
   return Seen(lines, caveats)
+
+
+def _may_differ(pair: tuple[Run, Run], of: Mapping[str, Facts]) -> bool:
+  """Whether what was named, or what the guard decided, may move batches."""
+  a, b = (run.arm for run in pair)
+  named = [
+    key for key in {**a.overrides, **b.overrides} if a.overrides.get(key) != b.overrides.get(key)
+  ]
+  first, second = of[a.name], of[b.name]
+  moved = (first.rows, first.batch) != (second.rows, second.batch)
+  return fixed.other_objective(named) or moved or any(map(_left_out, pair))
 
 
 def _saw_the_same(first: Run, second: Run) -> bool | None:
@@ -143,3 +167,9 @@ def _saw_the_same(first: Run, second: Run) -> bool | None:
   ledgers = [record.lines(r.workdir, 'ledger.jsonl') for r in (first, second)]
   n = min(map(len, ledgers))
   return ledgers[0][:n] == ledgers[1][:n] if n else None
+
+
+def _left_out(run: Run) -> list[tuple[Any, ...]]:
+  """What the guard has decided."""
+  events = record.lines(run.workdir, 'events.jsonl')
+  return [(event['event'], event['step'], event['batch']) for event in events]

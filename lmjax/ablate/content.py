@@ -119,7 +119,7 @@ def sections(study: Study) -> list[Section]:
 
 _FINAL = (
   'Means and standard deviations are over the seeds that finished; steps, tokens, FLOPs and time '
-  'are of one run.'
+  'are of one run; time is that of training, and the price that of all that a run does.'
 )
 
 

@@ -57,14 +57,11 @@ def collect(
   reference = [*values[arms[0].name].values()]
   if margin is None:
     margin = float(f'{0.005 * abs(numbers.fmean(reference)):.2g}') if reference else 0.0
-  unit = '' if kind.endswith(HIGHER) else UNITS.get(kind, 'nats')
-  about = {**about, 'metric': metric, 'unit': unit, 'margin': margin}
-  about['lower_is_better'] = not kind.endswith(HIGHER)
-  alpha, power = about['alpha'], about['power']
-  found = statistics.compare(
-    values, metric, unit, about['lower_is_better'], margin, alpha=alpha, power=power
-  )
-  seen = caveats.seen(arms, facts, runs)
+  lower = not kind.endswith(HIGHER)
+  unit, alpha, power = UNITS.get(kind, 'nats') if lower else '', about['alpha'], about['power']
+  about = {**about, 'metric': metric, 'unit': unit, 'margin': margin, 'lower_is_better': lower}
+  found = statistics.compare(values, metric, unit, lower, margin, alpha, power)
+  seen = caveats.seen(arms, facts, told)
   return {
     **about,
     'arms': [
@@ -146,7 +143,7 @@ def _run(run: Run) -> dict[str, Any]:
   status, why = run.outcome()
   made = {'seed': run.seed, 'workdir': str(run.workdir), 'status': status, 'why': why}
   made |= {'command': run.command, 'metrics': {}, 'value': None, 'seconds': None}
-  made |= {'paid': None, 'tokens_per_second': None, 'decisions': {}, 'record': {}, 'restarts': []}
+  made |= {'paid': None, 'tokens_per_second': None, 'record': {}, 'restarts': []}
   if (run.workdir / 'record.json').exists():
     written = record.read(run.workdir, 'record.json')
     made['record'] = {key: written.get(key) for key in SAME}
@@ -158,7 +155,6 @@ def _run(run: Run) -> dict[str, Any]:
     made['metrics'] = {key: x for key, x in result['metrics'].items() if key.startswith('eval/')}
     made['seconds'] = result['goodput']['productive'] + result['goodput']['input_wait']
     made['paid'] = sum(x for kind, x in result['goodput'].items() if kind not in ('wall', 'down'))
-    made['decisions'] = result['decisions']
     rates = [x['perf/tokens_per_second'] for x in _lines(run) if 'perf/tokens_per_second' in x]
     made['tokens_per_second'] = numbers.median(rates) if rates else None
   return made
