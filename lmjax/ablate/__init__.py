@@ -149,7 +149,7 @@ class Ablation:
 
     None is taken away: the correction for many comparisons is of all that were made.
     """
-    self._looks = before['looks'] if before else []
+    self._looks = [str(look) for look in before['looks']] if before else []
     if not before:
       return
     known, asked = before['arms'], self._said['arms']
