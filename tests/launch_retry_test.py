@@ -108,6 +108,12 @@ WHOLE = 'create scp ssh ssh delete'
     ),
     *[(NEW, {'ssh': [0, code]}, code, WHOLE) for code in (2, 70, 74, 137)],
     *[([*NEW, '--spot'], {'ssh': [0, n, 0]}, 0, f'{WHOLE[:-7]} ssh delete') for n in (137, 143)],
+    (
+      [*NEW, '--spot', '--retries=1', '--steady=1'],
+      {'ssh': [0, 1137, 1137]},
+      137,
+      'create scp ssh ssh ssh delete',
+    ),
     (NEW, {'ssh': [0, 101]}, 1, WHOLE),
     (NEW, {'ssh': [1, 0]}, 0, 'create scp ssh scp ssh ssh delete'),
     (NEW, {'ssh': [0, 255, 0]}, 0, 'create scp ssh ssh ssh delete'),

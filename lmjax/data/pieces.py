@@ -197,7 +197,7 @@ class Characters(Tokenizer):
 
 
 class Bytes(Characters):
-  """The bytes of UTF-8 after the five specials, each a word; no UTF-8 decodes to U+FFFD."""
+  """The bytes of UTF-8 after the five specials, each a word; what is none decodes to U+FFFD."""
 
   name = 'bytes'
   lossless = True
