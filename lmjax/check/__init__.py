@@ -3,7 +3,6 @@
 An oracle is a function of the twin whose docstring says what must hold, and which says what it saw.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -54,9 +53,7 @@ def examine(config: Mapping[str, Any]) -> Iterator[tuple[str, Finding]]:
   """
   made = twin.of(config)
   for name, oracle in ORACLES.items():
-    with _compiled_quickly():
-      finding = oracle(made)
-    yield name, finding
+    yield name, oracle(made)
 
 
 def line(name: str, finding: Finding) -> str:
@@ -92,14 +89,3 @@ def _failures(config: Mapping[str, Any]) -> str:
   if not failed:
     print(f'{count} oracles hold on a small twin ({time.monotonic() - began:.0f} s)', flush=True)
   return '\n'.join(failed)
-
-
-@contextlib.contextmanager
-def _compiled_quickly() -> Iterator[None]:
-  """Programs that run once are compiled in two thirds of the time when XLA optimises little."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  try:
-    yield
-  finally:
-    jax.config.update('jax_disable_most_optimizations', before)

@@ -3,11 +3,13 @@
 Each looks at a batch through its weights: with those of some places only, the loss is theirs alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.check.twin import Batch, Finding, Twin
+from lmjax.check.twin import QUICKLY, Batch, Finding, Twin
 
 UNMOVED, MOVED = 1e-5, 1e-4  # relative changes of a loss; what is seen moves these by 1e-3 or more
 
@@ -140,7 +142,7 @@ def targets(twin: Twin) -> Finding:
   row, real = {k: v[row : row + 1] for k, v in twin.batch.items()}, twin.batch['weights'][row]
   real = np.flatnonzero(real)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICKLY)
   def total(params, row, at):
     def nats(target):
       only = {'targets': row['targets'].at[0, at].set(target)}
