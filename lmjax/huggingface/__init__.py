@@ -56,8 +56,9 @@ def load(path: str | os.PathLike) -> tuple[nn.Module, Any, Tokenizer | None]:
   model.apply({'params': params}, tokens_BL, method='logits') gives the logits [B, L, V] in float32.
   An encoder's methods `encode`, `logits` and `pooled` also take segments_BL (0 is padding, which
   follows the text) and types_BL; a decoder's `encode` and `logits` take segments_BL and
-  positions_BL.  The tokenizer is None where the directory has none.  What is missing or surplus is
-  said.
+  positions_BL.  `encode` gives the last vectors [B, L, D]; those of every block, and its attention
+  weights, are seen in Flax's own way, with capture_intermediates (README.md).  The tokenizer is
+  None where the directory has none.  What is missing or surplus is said.
 
   Raises:
     UserError: there is none, of an architecture not known here, or its arrays are others.

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from lmjax import evaluate, experiment, generate, huggingface, sharding
 from lmjax.huggingface import weights
+from lmjax.models.transformer import Block
 
 torch = pytest.importorskip('torch', reason="needs pip install -e '.[parity]'")
 transformers = pytest.importorskip('transformers')
@@ -109,11 +110,17 @@ def outputs(pair) -> dict[str, tuple[jax.Array, np.ndarray]]:
   given = inputs(model, kind)
   with torch.no_grad():
     out = of_theirs(theirs, given, output_hidden_states=True)
-  apply = lambda method: model.apply({'params': params}, **given, method=method)
+  apply = lambda method, **more: model.apply({'params': params}, **given, method=method, **more)
   expected = out.prediction_logits if kind == 'bert' else out.logits
   real = given.get('segments_BL', np.ones_like(given['tokens_BL'])) > 0
   found = {'logits': (apply('logits')[real], expected.numpy()[real])}
-  found['hidden'] = apply('encode')[real], out.hidden_states[-1].numpy()[real]
+  of_blocks = lambda module, _: isinstance(module, Block)
+  last, seen = apply('encode', capture_intermediates=of_blocks)
+  found['hidden'] = last[real], out.hidden_states[-1].numpy()[real]
+  # Theirs are what goes into the blocks, and then the last vectors, which a decoder has normed.
+  ((blocks, _),) = seen['intermediates']['core']['blocks']['__call__']
+  for n, theirs_of_block in enumerate(out.hidden_states[1:-1]):
+    found[f'block {n}'] = blocks[n][real], theirs_of_block.numpy()[real]
   if kind == 'bert':
     pooled, logits = apply('pooled')
     with torch.no_grad():
