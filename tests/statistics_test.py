@@ -235,6 +235,16 @@ def test_tables(parts, name):
   assert twice.lines[0] == ('train, in itself before', '0 %', '0 %', '–')
 
 
+def test_what_is_there_twice():
+  train, valid = ['abc', 'd', 'abc', 'abc'], ['ef', 'd', 'ef', 'ef', 'g']
+  stores = {'train': store.from_documents(train, T), 'valid': store.from_documents(valid, T)}
+  assert [line[:3] for line in statistics._twice(stores).lines] == [
+    ('train, in itself before', '50.0 %', '60.0 %'),
+    ('valid, in itself before', '40.0 %', '50.0 %'),
+    ('valid, in train', '20.0 %', '12.5 %'),
+  ]
+
+
 def test_parts_that_were_looked_at_are_said(parts, monkeypatch):
   made = parts('clm')
   made.examples('train')

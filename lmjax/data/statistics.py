@@ -216,12 +216,16 @@ def _twice(stores: Mapping[str, Store]) -> Table:
   n = max(1, math.ceil(WINDOW * len(train) / max(1, train.num_bytes)))
   one_in = max(map(overlap.sampling, stores.values()))
   of_train = overlap.documents(train, one_in)
-  lines = [('train, in itself before', *_shares(of_train, of_train.repeated), '–')]
+  itself = lambda name, found: (f'{name}, in itself before', *_shares(found, found.repeated), '–')
+  lines = [itself('train', of_train)]
   quoted = overlap.windows(train, others, n)
   for name, store in others.items():
     found = overlap.documents(store, one_in)
     again = np.isin(found.hashes, of_train.hashes)
-    lines.append((f'{name}, in train', *_shares(found, again), percent(quoted[name])))
+    lines += [
+      itself(name, found),
+      (f'{name}, in train', *_shares(found, again), percent(quoted[name])),
+    ]
   note = f'Windows are of {n} tokens in a row, about {WINDOW} bytes, that stand in train, too.'
   if one_in > 1:
     note += (
