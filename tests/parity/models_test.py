@@ -16,6 +16,8 @@ from lmjax.models.transformer import Block
 
 torch = pytest.importorskip('torch', reason="needs pip install -e '.[parity]'")
 transformers = pytest.importorskip('transformers')
+# Threads that wait for each other spin: beside another worker, two took a third longer than one.
+torch.set_num_threads(1)
 
 LIMIT = 1e-4
 # (layers, dim, heads, feed-forward, vocabulary, positions, key-value heads)
