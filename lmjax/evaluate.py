@@ -135,7 +135,7 @@ def check_best(parts: Experiment) -> None:
 def reported(parts: Experiment) -> list[str]:
   """The names of the numbers that an evaluation may have, but for those of the yardstick."""
   terms, numbers = jax.eval_shape(
-    make_step(parts), nn.unbox(parts.boxed_shapes()), parts.abstract_batch(train=False)
+    make_step(parts), nn.unbox(parts.boxed_shapes), parts.abstract_batch(train=False)
   )
   names = ['loss', *terms, *numbers, *(['perplexity'] if 'xent' in numbers else [])]
   names += ['bits_per_byte'] if parts.objective.scores_every_token else []
@@ -175,7 +175,7 @@ def run(
     parts = dataclasses.replace(parts, config={**parts.config, 'evaluate': chosen})
   keep_programs(parts.config, run_path(workdir))
   record.check_data(run_path(workdir), parts.digests)
-  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes)
   sharding.check_batch({**parts.config, 'micro_batches': 1, 'deterministic_sum': False}, mesh)
   strategy = parts.config['sharding']['strategy']
   with jax.set_mesh(mesh), sharding.logical_axes(strategy):

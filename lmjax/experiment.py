@@ -127,6 +127,7 @@ class Experiment:
     """Parameters boxed with their axis names; trace it with jax.jit or jax.eval_shape."""
     return self.model.init({'params': key}, batch, train=False)['params']
 
+  @functools.cached_property
   def boxed_shapes(self) -> Any:
     """What init_params makes, in shapes only."""
     # The key is made inside: the mesh may be of devices that are not here.  And shapes have nothing
@@ -137,7 +138,7 @@ class Experiment:
 
   def abstract_params(self, mesh: Mesh) -> Any:
     """ShapeDtypeStructs of the parameters with their places on the mesh: a target to restore to."""
-    boxed = self.boxed_shapes()
+    boxed = self.boxed_shapes
     shardings = sharding.param_shardings(boxed, mesh, self.config['sharding']['strategy'])
     is_box = lambda x: isinstance(x, nn.Partitioned)
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
@@ -148,12 +149,10 @@ class Experiment:
     """Counted on the traced forward pass, so it is exact for any core; and what a mask hides."""
     # Kernels do not say what they compute, and a program on shards is only one device's.
     model = self.objective.model(self.core.clone(attention='reference'), self.vocab_size)
-    init = lambda batch: model.init({'params': jax.random.key(0)}, batch, train=False)
-    apply = lambda variables, batch: model.apply(variables, batch, train=False)
-    batch, c = self.abstract_batch(), self.config
+    apply = lambda params, batch: model.apply({'params': params}, batch, train=False)
+    params, batch, c = nn.unbox(self.boxed_shapes), self.abstract_batch(), self.config
     with nn.logical_axis_rules(()):
-      variables = nn.unbox(jax.eval_shape(init, batch))
-      forward = metrics.matmul_flops(apply, variables, batch)
+      forward = metrics.matmul_flops(apply, params, batch)
     every, seen = self.core.attention_flops(c['batch'], c['length'], self.objective.causal)
     return Flops(3 * (forward - every), seen, every)  # backward is twice forward
 

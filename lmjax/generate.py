@@ -158,7 +158,7 @@ def main() -> None:
     parts = open_run(f.workdir)
     keep_programs(parts.config, run_path(f.workdir))
     check_causal(parts)
-    mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+    mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes)
     with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
       _, params = restore_params(parts, f.workdir, mesh, f.step)
       print(continue_text(parts, params, f.prompt, **{name: asked[name] for name in sampling}))

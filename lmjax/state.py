@@ -32,7 +32,7 @@ class TrainState:
 def init_state(parts: Experiment, mesh: Mesh) -> tuple[Any, optax.GradientTransformation, Callable]:
   """(shapes and places of the state, the optimizer's transform, what makes the state)."""
   c = parts.config
-  boxed = parts.boxed_shapes()
+  boxed = parts.boxed_shapes
   transform = parts.optimizer.transform(sharding.axis_names(boxed), c['steps'])
   batch, strategy = parts.abstract_batch(), c['sharding']['strategy']
   # What does not divide is said here, and not by a shard_map of the model.

@@ -32,7 +32,7 @@ def test_flops_are_those_that_xla_counts(parts, monkeypatch, kind):
     terms, _ = made.model.apply({'params': params}, batch, train=False)
     return sum(term.total / term.weight for term in terms.values())
 
-  params = nn.unbox(made.boxed_shapes())
+  params = nn.unbox(made.boxed_shapes)
   counted = jax.jit(jax.grad(loss)).lower(params, made.abstract_batch()).cost_analysis()['flops']
   unmasked = made.flops.dense + 3 * made.flops.every
   assert unmasked == pytest.approx(counted, rel=0.03)

@@ -86,7 +86,7 @@ def trained(tiny, vocabularies, tmp_path_factory):
 
 def params_of(workdir):
   parts = experiment.open_run(workdir)
-  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes)
   with jax.set_mesh(mesh):
     return parts, jax.device_get(evaluate.restore_params(parts, str(workdir), mesh)[1])
 

@@ -58,7 +58,7 @@ def test_a_mesh_of_the_wrong_size_is_a_sentence(sizes, said):
 )
 def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(parts, sizes, shape):
   made = parts('clm', **{f'sharding.{axis}': size for axis, size in (EIGHT | sizes).items()})
-  assert tuple(sharding.mesh_of_run(made.config, made.boxed_shapes()).shape.values()) == shape
+  assert tuple(sharding.mesh_of_run(made.config, made.boxed_shapes).shape.values()) == shape
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_run_is_evaluated_on_its_mesh_where_that_is_possible(parts, sizes, sha
 def test_else_on_as_many_devices_as_its_shapes_divide_over(parts, batch, dim, most):
   sixteen = {'sharding.strategy': 'fsdp', 'sharding.data': 16}
   made = parts('clm', batch=batch, **{'model.dim': dim}, **sixteen)
-  assert sharding.mesh_of_run(made.config, made.boxed_shapes()).size == most
+  assert sharding.mesh_of_run(made.config, made.boxed_shapes).size == most
 
 
 def test_hosts_of_cpus_are_no_slices(monkeypatch):
@@ -161,4 +161,4 @@ def test_what_does_not_divide_is_named(parts, strategy, sizes, overrides, said):
   made = parts('clm', **overrides)
   mesh = sharding.make_mesh(EIGHT | sizes)
   with pytest.raises(UserError, match=said):
-    sharding.param_shardings(made.boxed_shapes(), mesh, strategy)
+    sharding.param_shardings(made.boxed_shapes, mesh, strategy)

@@ -115,7 +115,7 @@ def test_nothing_is_left_to_the_compiler_where_it_has_nothing_to_decide(parts):
   """An axis of one device that is left to it makes its programs worse (see shards.on_rows)."""
   made = parts('clm', **{'sharding.strategy': 'fsdp'})
   apply = lambda params, batch: made.model.apply({'params': params}, batch, train=False)
-  params = nn.unbox(made.boxed_shapes())
+  params = nn.unbox(made.boxed_shapes)
   with jax.set_mesh(sharding.make_mesh(SIZES | {'data': 8})), sharding.logical_axes('fsdp'):
     text = jax.jit(apply).lower(params, made.abstract_batch()).as_text()
   manual = {

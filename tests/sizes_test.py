@@ -29,7 +29,7 @@ GPT2 = {
 
 def shapes(spec: str) -> dict:
   parts = experiment.sketch(config.resolve(config.load(spec, {'model.vocab_multiple': 1})))
-  boxed = parts.boxed_shapes()
+  boxed = parts.boxed_shapes
   return jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, 'names'))
 
 

@@ -61,7 +61,7 @@ def of(arm: Arm) -> Facts:
   most = c['evaluate']['batches'] * c['batch'] or sys.maxsize
   stored = parts.stores['train'].digest
   return Facts(
-    parameters=sum(x.size for x in jax.tree.leaves(parts.boxed_shapes())),
+    parameters=sum(x.size for x in jax.tree.leaves(parts.boxed_shapes)),
     flops=parts.flops.model,
     steps=c['steps'],
     tokens=c['batch'] * c['length'],

@@ -97,7 +97,7 @@ class _Group:
 
   def _update(self, state: TrainState, batch: Mapping[str, jax.Array], peak: jax.Array) -> Any:
     """A step of one seed, with this learning rate."""
-    axes = sharding.axis_names(self.parts.boxed_shapes())
+    axes = sharding.axis_names(self.parts.boxed_shapes)
     transform = self.parts.optimizer.transform(axes, self.config['steps'], peak)
     return make_step(self.parts, transform, peak)(state, batch)
 

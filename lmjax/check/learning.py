@@ -45,7 +45,7 @@ def first_loss(twin: Twin) -> Finding:
 def gradients(twin: Twin) -> Finding:
   """Every parameter, in every layer, gets a gradient, and a finite one."""
   _, grads = twin.slope(twin.wide, twin.batch)
-  names = sharding.axis_names(twin.boxed_shapes())
+  names = sharding.axis_names(twin.boxed_shapes)
   axes = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple))
   bad = []
   for (name, grad), of in zip(_named(grads).items(), axes, strict=True):
@@ -143,7 +143,7 @@ def sharded(twin: Twin) -> Finding:
   mesh, plain = sharding.make_mesh(sizes, there_are[:count]), _plain(twin)
   try:
     sharding.check_batch(plain.config, mesh)
-    sharding.param_shardings(plain.boxed_shapes(), mesh, strategy)
+    sharding.param_shardings(plain.boxed_shapes, mesh, strategy)
   except UserError as e:
     return Finding(None, str(e))
   apart = _apart(twin, _stepped(plain, mesh))

@@ -124,7 +124,7 @@ def _resolved(
 
 def _params(source: Source, parts: experiment.Experiment) -> Any:
   """Float32 arrays on the default device."""
-  shapes = traverse_util.flatten_dict(nn.unbox(parts.boxed_shapes()), sep='/')
+  shapes = traverse_util.flatten_dict(nn.unbox(parts.boxed_shapes), sep='/')
   architecture, files = source.architecture, source.files
   table = architecture.weights(source.settings['objective'], source.settings['model'])
   adjust = lambda name, x: architecture.adjust(name, x, files.read)
@@ -191,7 +191,7 @@ def to_workdir(
   with owned(place):
     made.save(place / 'tokenizer')
     parts = experiment.saved(c, place)
-    mesh = sharding.mesh_of_run(c, parts.boxed_shapes())
+    mesh = sharding.mesh_of_run(c, parts.boxed_shapes)
     with jax.set_mesh(mesh), sharding.logical_axes(c['sharding']['strategy']):
       like, transform, _ = init_state(parts, mesh)
       state = begin_with(params, like, c['seed'], transform)
@@ -216,7 +216,7 @@ def from_workdir(
   objective, model = parts.config['objective'], _filled(parts)
   given = {'objective': objective, 'model': model, 'tokenizer': {'pad': parts.tokenizer.pad}}
   architecture = _architecture(given)
-  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes)
   with jax.set_mesh(mesh), sharding.logical_axes(parts.config['sharding']['strategy']):
     _, params = restore_params(parts, str(workdir), mesh, step)
   flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')

@@ -243,7 +243,7 @@ def test_the_likeliest_continuation_of_a_text(tmp_path):
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'theirs')
   huggingface.to_workdir(tmp_path / 'theirs', tmp_path / 'run')
   parts = experiment.open_run(tmp_path / 'run')
-  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes())
+  mesh = sharding.mesh_of_run(parts.config, parts.boxed_shapes)
   with jax.set_mesh(mesh):
     _, params = evaluate.restore_params(parts, str(tmp_path / 'run'), mesh)
   given = tokenizer('w1 w2 w3', return_tensors='pt')['input_ids']

@@ -89,7 +89,7 @@ def of_ours(kind: str, path) -> tuple[list[float], object]:
     huggingface._resolved(source, 'published', {'vocab_size': source.vocab_size}, own)
   )
   params = huggingface._params(source, parts)
-  transform = parts.optimizer.transform(sharding.axis_names(parts.boxed_shapes()), STEPS)
+  transform = parts.optimizer.transform(sharding.axis_names(parts.boxed_shapes), STEPS)
   losses = jnp.zeros(guard.WINDOW)
   state = TrainState(jnp.int32(0), params, transform.init(params), jax.random.key(0), losses)
   update = jax.jit(step.make_step(parts, transform))
