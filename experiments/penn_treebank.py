@@ -9,8 +9,8 @@ Published: of the test words 115 (small LSTM) and 81 (big; README of wojzaremba/
 LSTM, 6 epochs; README of pytorch/examples at bcea1f5), 57.3 (AWD-LSTM; Merity et al., 2018).
 Curve: test perplexity 137.4 after 500 steps, 106.5 after 1000, 94.2 after 1500, 91.4 after 2000.
 
-Where the command is given lie ptb.train.txt, ptb.valid.txt and ptb.test.txt, and ptb.json, a
-vocabulary of the words of the first:
+In the directory in which it is run lie ptb.train.txt, ptb.valid.txt and ptb.test.txt, and ptb.json,
+a vocabulary of the words of the first:
 
   from tokenizers import Tokenizer, models, pre_tokenizers
   words = ['</s>', *dict.fromkeys(open('ptb.train.txt').read().split())]

@@ -1,4 +1,4 @@
-"""Words of WikiText-2 (Merity et al., 2017): the small Transformer of penn_treebank.py.
+"""Words of WikiText-2 (Merity et al., 2017): small Transformers.
 
 python -m lmjax.main --config experiments/wikitext2.py:gpu --workdir /tmp/lmjax/wikitext2_gpu
 

@@ -149,10 +149,12 @@ class Experiment:
     """Counted on the traced forward pass, so it is exact for any core; and what a mask hides."""
     # Kernels do not say what they compute, and a program on shards is only one device's.
     model = self.objective.model(self.core.clone(attention='reference'), self.vocab_size)
-    apply = lambda params, batch: model.apply({'params': params}, batch, train=False)
-    params, batch, c = nn.unbox(self.boxed_shapes), self.abstract_batch(), self.config
+    init = lambda batch: model.init({'params': jax.random.key(0)}, batch, train=False)
+    apply = lambda variables, batch: model.apply(variables, batch, train=False)
+    batch, c = self.abstract_batch(), self.config
     with nn.logical_axis_rules(()):
-      forward = metrics.matmul_flops(apply, params, batch)
+      variables = nn.unbox(jax.eval_shape(init, batch))
+      forward = metrics.matmul_flops(apply, variables, batch)
     every, seen = self.core.attention_flops(c['batch'], c['length'], self.objective.causal)
     return Flops(3 * (forward - every), seen, every)  # backward is twice forward
 

@@ -63,6 +63,12 @@ def test_all_oracles_hold(tiny, name):
   assert not failures, '\n'.join(failures)
 
 
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+  assert twin.quickly() is twin.QUICKLY
+  monkeypatch.setitem(twin.QUICKLY, 'xla_cpu_flag_of_another_version', True)
+  assert twin.quickly.__wrapped__() is None
+
+
 def test_what_hides_all_tokens_cannot_be_learned_by_heart(tiny):
   hidden = {'rate': 1.0, 'mask_share': 1.0, 'random_share': 0.0}
   made = twin.of(tiny('mlm', **{f'objective.{key}': x for key, x in hidden.items()}))

@@ -232,15 +232,15 @@ def test_tables(parts, name):
   assert len(fates) == (OBJECTIVES[name][0] == 'mlm')
   assert ('pair targets' in dict(rows.lines)) == (name in ('bert', 'albert', 'bert_packed'))
   assert [line[0] for line in text.lines] == ['train', 'valid']
-  assert twice.lines[0] == ('train, in itself before', '0 %', '0 %', '–')
+  assert twice.lines[0] == ('train, earlier in itself', '0 %', '0 %', '–')
 
 
 def test_what_is_there_twice():
   train, valid = ['abc', 'd', 'abc', 'abc'], ['ef', 'd', 'ef', 'ef', 'g']
   stores = {'train': store.from_documents(train, T), 'valid': store.from_documents(valid, T)}
   assert [line[:3] for line in statistics._twice(stores).lines] == [
-    ('train, in itself before', '50.0 %', '60.0 %'),
-    ('valid, in itself before', '40.0 %', '50.0 %'),
+    ('train, earlier in itself', '50.0 %', '60.0 %'),
+    ('valid, earlier in itself', '40.0 %', '50.0 %'),
     ('valid, in train', '20.0 %', '12.5 %'),
   ]
 

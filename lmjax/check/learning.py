@@ -12,7 +12,7 @@ import optax
 from lmjax import config as config_lib
 from lmjax import guard, sharding
 from lmjax.check.seeing import change, kept
-from lmjax.check.twin import QUICKLY, Batch, Finding, Twin, devices, there
+from lmjax.check.twin import Batch, Finding, Twin, devices, quickly, there
 from lmjax.errors import UserError
 from lmjax.state import TrainState, init_state
 from lmjax.step import lower
@@ -97,7 +97,7 @@ def by_heart(twin: Twin) -> Finding:
   if twin.tokenizer.special[few['tokens'][:FEW]].all():
     return Finding(None, 'all tokens are hidden, so that nobody could tell rows apart')
 
-  @functools.partial(jax.jit, compiler_options=QUICKLY)
+  @functools.partial(jax.jit, compiler_options=quickly())
   def update(params, grads, state):
     updates, state = transform.update(grads, state)
     return optax.apply_updates(params, updates), state
@@ -184,7 +184,7 @@ def decay(twin: Twin) -> Finding:
 
   difference = lambda p: jax.tree.map(jnp.subtract, update(p), update(p, weight_decay=0.0))
   with twin.here():
-    update_of = jax.device_get(jax.jit(difference, compiler_options=QUICKLY)(twin.wide))
+    update_of = jax.device_get(jax.jit(difference, compiler_options=quickly())(twin.wide))
   decayed = [name for name, x in _named(update_of).items() if x.any()]
   wrong = sorted(name for name in decayed if name.endswith(('bias', 'scale')))
   return Finding(
@@ -262,7 +262,7 @@ def _stepped(
   strategy = parts.config['sharding']['strategy']
   with there(mesh, strategy):
     like, transform, _ = init_state(parts, mesh)
-    step = lower(parts, mesh, like, transform).compile(QUICKLY)
+    step = lower(parts, mesh, like, transform).compile(quickly())
     key = jax.random.key(parts.config['seed'])
     zeros = jnp.zeros(guard.WINDOW)
     # By way of the host: what an optimizer keeps may be one array in several places.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.check.twin import QUICKLY, Batch, Finding, Twin
+from lmjax.check.twin import Batch, Finding, Twin, quickly
 
 UNMOVED, MOVED = 1e-5, 1e-4  # relative changes of a loss; what is seen moves these by 1e-3 or more
 
@@ -142,7 +142,7 @@ def targets(twin: Twin) -> Finding:
   row, real = {k: v[row : row + 1] for k, v in twin.batch.items()}, twin.batch['weights'][row]
   real = np.flatnonzero(real)
 
-  @functools.partial(jax.jit, compiler_options=QUICKLY)
+  @functools.partial(jax.jit, compiler_options=quickly())
   def total(params, row, at):
     def nats(target):
       only = {'targets': row['targets'].at[0, at].set(target)}

@@ -23,7 +23,7 @@ Batch = dict[str, np.ndarray]
 ROWS, LENGTH = 8, 64
 # Of ids, where a kind is trained: its alphabet and some words.
 VOCABULARY = {'sentencepiece': 320, 'wordpiece': 128}
-# Of a CPU these halve the time of the oracles, which is that of compiling what runs once.
+# On a CPU these halve the time of the oracles, most of which is compiling what runs once.
 QUICKLY = {
   'xla_cpu_use_fusion_emitters': False,
   'xla_backend_optimization_level': 0,
@@ -80,7 +80,7 @@ class Twin(experiment.Sketch):
   def params(self) -> Any:
     """Those that a run would begin with, on the host."""
     make = lambda key: nn.unbox(self.init_params(key, self.batch))
-    init = jax.jit(make, compiler_options=QUICKLY)
+    init = jax.jit(make, compiler_options=quickly())
     with self.here():
       return jax.device_get(init(jax.random.key(self.config['seed'])))
 
@@ -96,7 +96,7 @@ class Twin(experiment.Sketch):
     apply = lambda params, batch, key: self.model.apply(
       {'params': params}, batch, train=False, rngs={'dropout': key}
     )
-    return jax.jit(apply, compiler_options=QUICKLY)
+    return jax.jit(apply, compiler_options=quickly())
 
   def totals(self, params: Any, batch: Batch, key: int = 0) -> tuple[dict[str, Any], ...]:
     """(loss terms, metrics) of an evaluation; the key is for noise that there should not be."""
@@ -134,7 +134,7 @@ class Twin(experiment.Sketch):
       terms, _ = self.model.apply({'params': params}, batch, train=False)
       return sum(term.total / term.weight for term in terms.values())
 
-    compiled = jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)
+    compiled = jax.jit(jax.value_and_grad(loss), compiler_options=quickly())
 
     def call(params, batch):
       with self.here():
@@ -175,6 +175,17 @@ def of(config: Mapping[str, Any]) -> Twin:
   made = experiment.sketch(c, Twin)
   made.objective.check(made.tokenizer, LENGTH, made.core)
   return made
+
+
+@functools.cache
+def quickly() -> dict[str, bool | int] | None:
+  """Options of compilers; None of an XLA that does not know them, as its flags come and go."""
+  try:
+    with jax.default_device(devices()[0]):
+      jax.jit(lambda x: x, compiler_options=QUICKLY).lower(0.0).compile()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return QUICKLY
 
 
 def devices() -> list[jax.Device]:

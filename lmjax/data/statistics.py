@@ -216,20 +216,22 @@ def _twice(stores: Mapping[str, Store]) -> Table:
   n = max(1, math.ceil(WINDOW * len(train) / max(1, train.num_bytes)))
   one_in = max(map(overlap.sampling, stores.values()))
   of_train = overlap.documents(train, one_in)
-  itself = lambda name, found: (f'{name}, in itself before', *_shares(found, found.repeated), '–')
+  itself = lambda name, found: (f'{name}, earlier in itself', *_shares(found, found.repeated), '–')
   lines = [itself('train', of_train)]
   quoted = overlap.windows(train, others, n)
   for name, store in others.items():
     found = overlap.documents(store, one_in)
+    alone = overlap.documents(store, overlap.sampling(store))
     again = np.isin(found.hashes, of_train.hashes)
     lines += [
-      itself(name, found),
+      itself(name, alone),
       (f'{name}, in train', *_shares(found, again), percent(quoted[name])),
     ]
   note = f'Windows are of {n} tokens in a row, about {WINDOW} bytes, that stand in train, too.'
   if one_in > 1:
     note += (
-      f' Documents of one in {one_in} lengths were compared: {percent(of_train.share)} of train.'
+      f' Documents of one in {one_in} lengths were compared with train: {percent(of_train.share)} '
+      'of it.'
     )
   if len(train) > overlap.BUDGET:
     read = overlap.BUDGET / len(train)

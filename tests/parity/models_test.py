@@ -75,6 +75,7 @@ def widened(model):
 def paired(kind: str, size: tuple[int, ...], path: pathlib.Path):
   """(kind, theirs, our model, our parameters, where theirs lies)."""
   theirs = widened(make(kind, size))
+  theirs.set_attn_implementation('eager')  # which alone says its weights
   theirs.save_pretrained(path, max_shard_size='20kB')
   model, params, tokenizer = huggingface.load(path)
   assert tokenizer is None
@@ -111,18 +112,23 @@ def outputs(pair) -> dict[str, tuple[jax.Array, np.ndarray]]:
   kind, theirs, model, params, _ = pair
   given = inputs(model, kind)
   with torch.no_grad():
-    out = of_theirs(theirs, given, output_hidden_states=True)
+    out = of_theirs(theirs, given, output_hidden_states=True, output_attentions=True)
   apply = lambda method, **more: model.apply({'params': params}, **given, method=method, **more)
   expected = out.prediction_logits if kind == 'bert' else out.logits
   real = given.get('segments_BL', np.ones_like(given['tokens_BL'])) > 0
   found = {'logits': (apply('logits')[real], expected.numpy()[real])}
-  of_blocks = lambda module, _: isinstance(module, Block)
+  of_blocks = lambda module, name: isinstance(module, Block) and name == '__call__'
   last, seen = apply('encode', capture_intermediates=of_blocks)
   found['hidden'] = last[real], out.hidden_states[-1].numpy()[real]
+  seen = seen['intermediates']['core']['blocks']
+  ((blocks, _),), (weights,) = seen['__call__'], seen['attention']['weights']
+  assert len(blocks) == len(weights) == model.core.depth
   # Theirs are what goes into the blocks, and then the last vectors, which a decoder has normed.
-  ((blocks, _),) = seen['intermediates']['core']['blocks']['__call__']
-  for n, theirs_of_block in enumerate(out.hidden_states[1:-1]):
-    found[f'block {n}'] = blocks[n][real], theirs_of_block.numpy()[real]
+  for n, vectors in enumerate(out.hidden_states[1 : None if 'segments_BL' in given else -1]):
+    found[f'block {n}'] = blocks[n][real], vectors.numpy()[real]
+  in_uniform = lambda x_BNLS: x_BNLS.shape[-1] * np.swapaxes(x_BNLS, 1, 2)[real]
+  for n, theirs_of_block in enumerate(out.attentions):
+    found[f'attention {n}'] = in_uniform(weights[n]), in_uniform(theirs_of_block.numpy())
   if kind == 'bert':
     pooled, logits = apply('pooled')
     with torch.no_grad():
